@@ -1,0 +1,106 @@
+"""What a run returns: typed, JSON-serialisable, the same on every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, Field, PrivateAttr
+
+from orchestra.graph import Node, ThreadGraph
+
+if TYPE_CHECKING:
+    from orchestra.thread import Thread
+
+
+class Usage(BaseModel):
+    """What a run cost.
+
+    Attributes:
+        prompt_tokens, forced_tokens, sampled_tokens: tokens by who wrote them, each counted once in the graph.
+        cached_tokens: context tokens whose keys and values were already on the engine when a request came.
+        critical_path_tokens: sampled tokens along the longest dependent chain to the result.
+        requests: generations.
+        wall_seconds: time from start to result.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    forced_tokens: int = 0
+    sampled_tokens: int = 0
+    critical_path_tokens: int = 0
+    requests: int = 0
+    wall_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node], *, critical_path_tokens: int, wall_seconds: float) -> Usage:
+        """Count `nodes`."""
+        nodes = list(nodes)
+        return cls(
+            prompt_tokens=sum(node.count("prompt") for node in nodes),
+            cached_tokens=sum(node.cached_tokens for node in nodes),
+            forced_tokens=sum(node.count("forced") for node in nodes),
+            sampled_tokens=sum(node.count("sampled") for node in nodes),
+            critical_path_tokens=critical_path_tokens,
+            requests=sum(node.started is not None for node in nodes),
+            wall_seconds=wall_seconds,
+        )
+
+
+class Candidate(BaseModel):
+    """One complete attempt that a strategy chose from.
+
+    Attributes:
+        text: the whole response.
+        answer: what the extractor found in it.
+        weight: what it counted for in the choice (a vote, a score, a probability).
+        finish_reason: of its last generation.
+        tokens: sampled tokens that it took.
+        logprob: sum of the raw log-probabilities of its last generation, if the engine reports them (nats).
+    """
+
+    text: str
+    answer: str | None = None
+    weight: float = 1.0
+    finish_reason: str | None = None
+    tokens: int = 0
+    logprob: float | None = None
+
+
+class Outcome(BaseModel):
+    """The result of a strategy.
+
+    Attributes:
+        text: the response: all that stands after the prompt on the chosen thread.
+        answer: the answer in it, if one was found.
+        candidates: what was chosen from; the chosen one included.
+        usage: cost.
+        graph: everything that happened.
+        finish_reason: of the last generation of the chosen thread.
+        stopped_by: the budget that ended the run early, if one did.
+    """
+
+    text: str = ""
+    answer: str | None = None
+    candidates: list[Candidate] = Field(default_factory=list)
+    usage: Usage = Field(default_factory=Usage)
+    graph: ThreadGraph = Field(default_factory=ThreadGraph, repr=False)
+    finish_reason: str | None = None
+    stopped_by: str | None = None
+    _thread: Thread | None = PrivateAttr(None)
+
+    @property
+    def thread(self) -> Thread | None:
+        """The chosen thread, to go on from inside the run; None when the result is no one thread's."""
+        return self._thread
+
+    def as_candidate(self, weight: float = 1.0, logprob: float | None = None) -> Candidate:
+        """This outcome as a candidate of an enclosing strategy."""
+        return Candidate(
+            text=self.text,
+            answer=self.answer,
+            weight=weight,
+            finish_reason=self.finish_reason,
+            tokens=self.usage.sampled_tokens,
+            logprob=logprob,
+        )

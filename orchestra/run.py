@@ -1,0 +1,278 @@
+"""One run: its graph, what its program has waited for, its budgets, and the one place where tokens are generated.
+
+Two context variables follow the program through its tasks. The *frontier* is the set of nodes whose end the current
+task has awaited; a new node waits for them, which makes the critical path right for any program without its author
+drawing an edge. The *scope* is the innermost strategy at work; it counts nodes and enforces a budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from orchestra.answers import Extractor, extract_answer
+from orchestra.budget import Budget, Ledger, Reservation
+from orchestra.concurrency import first_error, uninterrupted
+from orchestra.errors import BudgetExceeded, CapabilityError, UsageError, one_of
+from orchestra.graph import Edge, Node, Span, ThreadGraph
+from orchestra.runtime.engine import Capability, Delta, Engine, Request, Sampling, Stream
+
+if TYPE_CHECKING:
+    from orchestra.outcome import Candidate, Outcome
+
+T = TypeVar("T")
+Path = tuple[int, ...]
+
+frontier: ContextVar[frozenset[int]] = ContextVar("orchestra_frontier", default=frozenset())
+current_scope: ContextVar[Scope] = ContextVar("orchestra_scope")
+
+
+@dataclass(slots=True)
+class Event:
+    """Something that happened in a run, in order.
+
+    Attributes:
+        kind: `start` of a node, `token`s added to it, its `end`, or the `outcome` of the run (last).
+        node: the node's id; -1 for the outcome.
+        path: fork path of its thread.
+        text: the forced text at the start, or what was decoded since the last event.
+        after: at the start, the nodes it came after (context parents and waits).
+        finish_reason: at the end.
+        outcome: with the outcome.
+    """
+
+    kind: Literal["start", "token", "end", "outcome"]
+    node: int = -1
+    path: Path = ()
+    text: str = ""
+    after: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    outcome: Outcome | None = None
+
+
+class Generated(NamedTuple):
+    """A finished generation.
+
+    Attributes:
+        node: where its tokens are.
+        length: tokens of the node that a continuation attends to (all but an end-of-sequence token).
+        matched: the stop string or id that ended it.
+        cut: the budget that ended it, if one did.
+    """
+
+    node: Node
+    length: int
+    matched: str | int | None
+    cut: BudgetExceeded | None
+
+
+class Scope:
+    """A strategy at work: what it has used, what it may use, and the candidates it has offered so far.
+
+    Attributes:
+        nodes: the nodes made in it, those of inner scopes included.
+        offers: what it would choose from if it were stopped now.
+        on_progress: called whenever the scope's critical path may have grown (races listen).
+    """
+
+    def __init__(
+        self, run: Run, parent: Scope | None, budget: Budget | None = None, offers: list[Candidate] | None = None
+    ) -> None:
+        self.parent = parent
+        self.ledger = Ledger(budget or Budget())
+        self.nodes: list[Node] = []
+        self.offers: list[Candidate] = [] if offers is None else offers
+        self.began = time.monotonic()
+        self.base = self.reached = run.depth(frontier.get())
+        self.on_progress: Callable[[], None] | None = None
+
+    @property
+    def chain(self) -> list[Scope]:
+        """This scope and those around it, innermost first."""
+        scopes = [self]
+        while (parent := scopes[-1].parent) is not None:
+            scopes.append(parent)
+        return scopes
+
+    @property
+    def critical_path_tokens(self) -> int:
+        """Longest dependent chain of sampled tokens so far, counted from where the scope began."""
+        return self.reached - self.base
+
+
+@dataclass
+class Run:
+    """The state of one run. Programs see it only through their threads.
+
+    Attributes:
+        engine: the engine of its threads; `engines` are those of aliases.
+        seed: with fork path and position it determines everything random.
+        extract: finds the answer in a text.
+        listener: gets every `Event`.
+    """
+
+    engine: Engine
+    seed: int = 0
+    engines: Mapping[str, Engine] = field(default_factory=dict)
+    extract: Extractor = extract_answer
+    listener: Callable[[Event], None] | None = None
+    graph: ThreadGraph = field(default_factory=ThreadGraph)
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+        self._group: asyncio.TaskGroup | None = None  # owns what `start` begins, while the run is open
+        self._started: list[asyncio.Task[Any]] = []
+        self._forks: dict[Path, int] = {}
+        self._drawn: set[tuple[Path, int]] = set()
+        self._depth: list[int] = []  # per node, sampled tokens on the heaviest chain to its end
+
+    async def __aenter__(self) -> Run:
+        self._group = await asyncio.TaskGroup().__aenter__()
+        return self
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """End what nobody awaited, then free what the engines keep for this run, even when cancelled."""
+        assert self._group is not None  # entered
+        for task in self._started:
+            task.cancel()
+        try:
+            await self._group.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        finally:
+            for engine in (self.engine, *self.engines.values()):
+                await uninterrupted(engine.release(self.graph))
+
+    async def end_background(self) -> None:
+        """Cancel what `start` began and nobody awaited; what it had decoded is in the graph when this returns."""
+        for task in self._started:
+            task.cancel()
+        if self._started:
+            await asyncio.wait(self._started)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin `work` in the background of the run; it is cancelled when the run closes."""
+        if self._group is None:
+            work.close()
+            raise UsageError("start() works inside a running strategy")
+        self._started.append(task := self._group.create_task(work))
+        return task
+
+    def engine_for(self, alias: str) -> Engine:
+        """The engine of an alias; the run's own for the empty one."""
+        if alias and alias not in self.engines:
+            raise UsageError(one_of("engine alias", alias, self.engines) + "; name it in connect(..., engines={...})")
+        return self.engines[alias] if alias else self.engine
+
+    def fork_path(self, path: Path) -> Path:
+        """The next unused fork path under `path`: no two threads of a run share randomness by accident."""
+        index = self._forks.get(path, 0)
+        self._forks[path] = index + 1
+        return (*path, index)
+
+    def depth(self, nodes: Iterable[int]) -> int:
+        """Sampled tokens on the heaviest chain that ends in one of `nodes`."""
+        return max((self._depth[n] for n in nodes), default=0)
+
+    def add(self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str) -> Node:
+        """Add a node that comes after its context and after the frontier."""
+        behind = self.graph.view(context)
+        awaited = [n for n in frontier.get() if n not in behind]
+        node = self.graph.add(context, waits=awaited, path=path, spans=spans, engine=alias)
+        self._depth.append(self.depth(self.graph.predecessors(node.id)))
+        for scope in current_scope.get().chain:
+            scope.nodes.append(node)
+        return node
+
+    def settle(self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str) -> Node:
+        """Add a node with nothing to sample: text that several threads share, or that is only scored."""
+        node = self.add(context, spans, path, alias)
+        node.finish_reason = "forced"
+        return node
+
+    async def generate(
+        self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str, sampling: Sampling
+    ) -> Generated:
+        """Add a node and sample into it. Cancelled, it stops the engine and keeps what was decoded by then.
+
+        Raises:
+            BudgetExceeded: nothing is left to sample with.
+            UsageError, EngineError: from the engine.
+        """
+        engine = self.engine_for(alias)
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise UsageError(f"max_tokens is at least 1, not {sampling.max_tokens}")
+        if len(context) > 1 and Capability.REUSE_JOIN not in engine.capabilities:
+            raise CapabilityError(f"{engine.name} cannot join by reuse; use how='recompute' or a local: engine")
+        scope = current_scope.get()
+        depth = self.depth(frontier.get() | {edge.parent for edge in context})
+        levels = [(owner.ledger, depth - owner.base) for owner in scope.chain]
+        reservation = await Reservation.make(levels, sampling.max_tokens)
+        used = 0
+        try:
+            node = self.add(context, spans, path, alias)
+            self._draw(node)
+            limited = replace(sampling, max_tokens=reservation.granted)
+            try:
+                last = await self._sample(engine, node, limited, scope)
+            finally:
+                used = node.count("sampled")
+        finally:
+            reservation.end(used)
+        frontier.set(frozenset((node.id,)))
+        cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
+        return Generated(node, len(node) - last.eos, last.matched, cut)
+
+    def _draw(self, node: Node) -> None:
+        """Claim the randomness at (path, position). Going on twice from one place is a fork in all but name."""
+        if (tuple(node.path), node.end) in self._drawn:
+            node.path = list(self.fork_path(tuple(node.path)))
+        self._drawn.add((tuple(node.path), node.end))
+
+    async def _sample(self, engine: Engine, node: Node, sampling: Sampling, scope: Scope) -> Delta:
+        watched = self.listener is not None or any(owner.on_progress for owner in scope.chain)
+        request = Request(self.graph, node, sampling, self.seed, tuple(node.path), 1 if watched else 16)
+        node.started = time.monotonic() - self.began
+        self._emit("start", node, node.text)
+        stream = engine.generate(request)
+        sampled = Span("sampled")
+        node.spans.append(sampled)
+        try:
+            return await self._read(stream, node, sampled, scope)
+        except asyncio.CancelledError:
+            stream.cancel()
+            await uninterrupted(self._read(stream, node, sampled, scope))
+            raise
+        except BaseException:
+            node.finish_reason = "error"
+            raise
+        finally:
+            node.ended = time.monotonic() - self.began
+            self._emit("end", node)
+
+    async def _read(self, stream: Stream, node: Node, sampled: Span, scope: Scope) -> Delta:
+        last = Delta()
+        async for last in stream:
+            sampled.tokens += last.tokens
+            sampled.count += last.count
+            sampled.text += last.text
+            sampled.logprobs += last.logprobs
+            node.cached_tokens += last.cached_tokens
+            node.finish_reason = last.finish_reason
+            self._depth[node.id] += last.count
+            for owner in scope.chain:
+                owner.reached = max(owner.reached, self._depth[node.id])
+                if owner.on_progress:
+                    owner.on_progress()
+            if last.text:
+                self._emit("token", node, last.text)
+        return last
+
+    def _emit(self, kind: Literal["start", "token", "end"], node: Node, text: str = "") -> None:
+        if self.listener is not None:
+            after = tuple(self.graph.predecessors(node.id)) if kind == "start" else ()
+            self.listener(Event(kind, node.id, tuple(node.path), text, after, node.finish_reason))

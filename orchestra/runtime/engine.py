@@ -1,0 +1,251 @@
+"""The engine protocol: what a strategy's threads ask of whatever runs the model."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypedDict
+
+from orchestra.graph import Edge, Node, Span, ThreadGraph
+
+
+class Message(TypedDict):
+    """One chat message."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[Message]
+
+
+class Capability(StrEnum):
+    """What an engine can do beyond generating text from a prompt."""
+
+    CONTINUE = "continue"  # go on after any text the orchestrator wrote
+    LOGPROBS = "logprobs"  # raw log-probabilities of sampled tokens
+    TOP_LOGPROBS = "top_logprobs"  # and of the most likely alternatives
+    SCORE = "score"  # log-probabilities of given text
+    SEED = "seed"  # sampling is a function of (seed, fork path, position)
+    CUT = "cut"  # a thread may leave a node in the middle
+    REUSE_JOIN = "reuse_join"  # branches become context of one node, nothing is recomputed
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw tokens, and when to stop.
+
+    Attributes:
+        temperature: 0 is greedy (ties to the lowest id).
+        top_k, top_p, min_p: truncations, in this order; 0, 1 and 0 are off.
+        max_tokens: most tokens to sample; None: as many as the context has room for.
+        stop: strings that end the generation; the stop string stays in the text.
+        stop_ids: token ids that do the same.
+        ignore_eos: go on after the model's end-of-sequence token.
+        top_logprobs: how many alternatives to report per token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation: fill `node`, whose context and forced tokens are set, with sampled tokens.
+
+    The engine reads `graph` (append-only, nodes before `node` that have ended never change) and does not write to it:
+    the run writes the deltas into `node`. Everything random is a function of (seed, path, position).
+
+    Attributes:
+        graph: the run's graph; its identity names the run on the engine until `release`.
+        node: the node to fill.
+        sampling: see `Sampling`.
+        seed: the run's seed.
+        path: the thread's fork path.
+        chunk: wake the reader every so many tokens (1 for races and live views).
+    """
+
+    graph: ThreadGraph
+    node: Node
+    sampling: Sampling
+    seed: int = 0
+    path: tuple[int, ...] = ()
+    chunk: int = 16
+
+    @property
+    def context(self) -> list[Edge]:
+        """The node's context edges."""
+        return self.node.context
+
+
+@dataclass(slots=True)
+class Delta:
+    """What was decoded since the last delta of the same generation.
+
+    Attributes:
+        tokens: sampled ids (empty on engines that do not tell; `count` is always right).
+        count: number of sampled tokens.
+        text: their text. Held back while a character is incomplete.
+        logprobs: raw log-probabilities of the sampled tokens (nats, temperature 1, nothing truncated).
+        top: per token the alternatives `{id: logprob}`, when asked for.
+        finish_reason: set on the last delta: `stop`, `length` or `cancelled`.
+        matched: the stop string or id that ended it; None for end-of-sequence.
+        eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
+        cached_tokens: context tokens that were on the engine before this request.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    count: int = 0
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    top: list[Mapping[int, float]] = field(default_factory=list)
+    finish_reason: str | None = None
+    matched: str | int | None = None
+    eos: bool = False
+    cached_tokens: int = 0
+
+    def merge(self, later: Delta) -> None:
+        """Append `later` in place."""
+        self.tokens += later.tokens
+        self.count += later.count
+        self.text += later.text
+        self.logprobs += later.logprobs
+        self.top += later.top
+        self.finish_reason = later.finish_reason
+        self.matched = later.matched
+        self.eos = later.eos
+        self.cached_tokens += later.cached_tokens
+
+
+class Stream:
+    """The deltas of one generation: an async iterator with one reader.
+
+    Unlike an async generator it survives the cancellation of its reader: after `cancel()` it can be read to its end,
+    and what was decoded by then is all there, so that nothing that the engine computed goes uncounted.
+    Not thread-safe: engines with threads of their own call `push` and `fail` through the reader's event loop.
+    """
+
+    def __init__(self, on_cancel: Callable[[], None], chunk: int = 1) -> None:
+        self._on_cancel = on_cancel
+        self._chunk = chunk
+        self._pending = Delta()
+        self._error: BaseException | None = None
+        self._ended = False
+        self._ready = asyncio.Event()
+
+    def push(self, delta: Delta) -> None:
+        """Engine side: add a delta; the reader wakes when a chunk is full or the generation has ended."""
+        self._pending.merge(delta)
+        if self._pending.count >= self._chunk or delta.finish_reason:
+            self._ready.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Engine side: end with an error, after what is pending."""
+        self._error = error
+        self._ready.set()
+
+    def cancel(self) -> None:
+        """Reader side: ask the engine to stop. The stream still ends by itself, with `finish_reason` `cancelled`."""
+        if not self._ended:
+            self._on_cancel()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        self._ready.clear()
+        delta, self._pending = self._pending, Delta()
+        if self._error is not None:
+            self._ended = True
+            raise self._error
+        self._ended = delta.finish_reason is not None
+        return delta
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is on an engine now, and what it has done since it was opened.
+
+    Attributes:
+        requests: generations queued or running.
+        cached_tokens: tokens with keys and values in memory.
+        cached_bytes: bytes of those keys and values.
+        sampled_tokens: tokens sampled since the engine was opened, cancelled ones included.
+        computed_tokens: token positions whose keys and values were computed since then.
+    """
+
+    requests: int = 0
+    cached_tokens: int = 0
+    cached_bytes: int = 0
+    sampled_tokens: int = 0
+    computed_tokens: int = 0
+
+
+class Engine(abc.ABC):
+    """Base of all engines. Instances belong to no event loop until first used.
+
+    Attributes:
+        name: how error messages and manifests name it.
+        capabilities: what it can do; see `Capability`.
+        context_length: most tokens along one path, None if unknown.
+    """
+
+    name: str = "engine"
+    capabilities: frozenset[Capability] = frozenset()
+    context_length: int | None = None
+
+    @abc.abstractmethod
+    async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
+        """The prompt as a span of origin `prompt`; messages go through the chat template (`template` passes through).
+
+        Raises:
+            PromptError: empty, outside the vocabulary, or messages for a model without a chat template.
+        """
+
+    @abc.abstractmethod
+    async def encode(self, text: str) -> Span:
+        """Text that the orchestrator writes into a thread, as a span of origin `forced`; empty text, empty span."""
+
+    @abc.abstractmethod
+    def generate(self, request: Request) -> Stream:
+        """Start a generation. Called on a running event loop; errors arrive through the stream.
+
+        The stream may raise `PromptError` (context longer than the model's) and `EngineError`.
+        """
+
+    async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
+        """Log-probability (nats) of every token of `node` in its context; 0 for a root's first token.
+
+        Raises:
+            CapabilityError: the engine cannot score.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(f"{self.name} cannot score given text")
+
+    async def release(self, graph: ThreadGraph) -> None:
+        """Forget a run: cancel what still runs of it and free what is kept for it. Idempotent."""
+
+    def load(self) -> Load:
+        """What is on the engine now."""
+        return Load()
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest records: model, sizes, dtype, versions."""
+        return {"engine": self.name}
+
+    async def close(self) -> None:
+        """End everything; idempotent."""

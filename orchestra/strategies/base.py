@@ -1,0 +1,202 @@
+"""What a strategy is, how it gets a name, and how one is executed."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, create_model
+
+from orchestra.budget import Budget
+from orchestra.errors import BudgetExceeded, CapabilityError, UsageError
+from orchestra.outcome import Candidate, Outcome, Usage
+from orchestra.run import Scope, current_scope, frontier
+from orchestra.runtime.engine import Capability
+from orchestra.spec import parse_strategy, render
+from orchestra.thread import BudgetCut, Thread
+
+_REGISTRY: dict[str, type[Strategy]] = {}
+
+
+class Strategy(BaseModel):
+    """A strategy: parameters as fields, and one coroutine from a thread to a thread or an outcome.
+
+    Subclasses are registered under the class name in snake case, and can then be named in specs
+    (one that sets `abstract = True` for itself is not).
+
+    Attributes:
+        name: its name in specs.
+        needs: what the engine must be able to do.
+        paper: where it comes from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    abstract: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Capability]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if cls.__dict__.get("abstract", False):
+            return
+        cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        known = _REGISTRY.get(cls.name)
+        if known is not None and known.__module__.startswith("orchestra.") and known.__module__ != cls.__module__:
+            raise UsageError(f"there is a built-in strategy {cls.name!r}; give yours another name")
+        _REGISTRY[cls.name] = cls
+
+    async def __call__(self, thread: Thread) -> Thread | Outcome:
+        """Run from `thread`."""
+        raise NotImplementedError(f"strategy {self.name!r} defines no __call__")
+
+    def choose(self, candidates: Sequence[Candidate]) -> int:
+        """Index of the best of at least one candidate; also asked when a budget ends the run early.
+
+        By default the highest weight, the earliest of equals.
+        """
+        return max(range(len(candidates)), key=lambda i: candidates[i].weight)
+
+    def conclude(self, candidates: Sequence[Candidate]) -> Outcome:
+        """The outcome of choosing from at least one candidate."""
+        best = candidates[self.choose(candidates)]
+        return Outcome(
+            text=best.text, answer=best.answer, candidates=list(candidates), finish_reason=best.finish_reason
+        )
+
+    def requirements(self) -> frozenset[Capability]:
+        """What this strategy and those inside it need of the engine."""
+        inner = [getattr(self, field) for field in type(self).model_fields]
+        return self.needs.union(*(value.requirements() for value in inner if isinstance(value, Strategy)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: `{"strategy": name, ...}` with the parameters that differ from their defaults."""
+        values: dict[str, Any] = {"strategy": self.name}
+        for field, info in type(self).model_fields.items():
+            value = getattr(self, field)
+            if not info.exclude and value != info.get_default(call_default_factory=True):
+                values[field] = value.to_dict() if isinstance(value, Strategy) else value
+        return values
+
+    def to_spec(self) -> str:
+        """The spec string, which `parse_strategy` reads back to an equal strategy."""
+        return render(self.to_dict())
+
+
+Spec = Strategy | str | Mapping[str, Any]
+StrategyField = Annotated[SerializeAsAny[Strategy], BeforeValidator(parse_strategy)]
+
+
+def registry() -> dict[str, type[Strategy]]:
+    """All strategies by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def strategy(function: Callable[..., Awaitable[Thread | Outcome]]) -> type[Strategy]:
+    """Make a strategy of a coroutine function whose first parameter is the thread; the others become its parameters.
+
+    Raises:
+        UsageError: not such a function, or its name is a built-in strategy's.
+    """
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    if not inspect.iscoroutinefunction(function) or not parameters:
+        raise UsageError(f"@strategy takes a coroutine function whose first parameter is a thread, not {function!r}")
+    fields: dict[str, Any] = {}
+    for parameter in parameters[1:]:
+        kind = Any if parameter.annotation is parameter.empty else parameter.annotation
+        fields[parameter.name] = (kind, ... if parameter.default is parameter.empty else parameter.default)
+
+    async def call(self: Strategy, thread: Thread) -> Thread | Outcome:
+        return await function(thread, **{name: getattr(self, name) for name in fields})
+
+    # The body goes into a plain base class, so that pydantic sees nothing but fields in the one with parameters.
+    body = type("_Body", (Strategy,), {"__call__": call, "__module__": function.__module__, "abstract": True,
+                                       "__annotations__": {"abstract": ClassVar[bool]}})  # fmt: skip
+    return create_model(
+        function.__name__, __base__=body, __module__=function.__module__, __doc__=function.__doc__, **fields
+    )
+
+
+async def execute(spec: Spec, thread: Thread, budget: Budget | None = None) -> Outcome:
+    """Run a strategy from a thread to its outcome, within a budget.
+
+    Raises:
+        SpecError: see `parse_strategy`.
+        CapabilityError: the engine cannot do what it needs.
+    """
+    chosen = parse_strategy(spec if isinstance(spec, Strategy | str) else dict(spec))
+    _require(chosen, thread)
+    scope = Scope(thread._run, current_scope.get(None), budget)
+    token = current_scope.set(scope)
+    stopped: BudgetExceeded | None = None
+    result: Thread | Outcome
+    try:
+        result = await _call(chosen, thread, scope)
+    except BudgetExceeded as spent:
+        if spent.ledger is not scope.ledger:
+            raise
+        stopped, result = spent, _salvage(chosen, thread, scope, spent)
+        # Whatever comes next comes after all that was tried here.
+        frontier.set(frontier.get() | {node.id for node in scope.nodes})
+    finally:
+        current_scope.reset(token)
+    if scope.parent is None:
+        await thread._run.end_background()
+    return _finish(result, thread, scope, stopped)
+
+
+def _require(chosen: Strategy, thread: Thread) -> None:
+    engine = thread._run.engine_for(thread._alias)
+    missing = sorted(chosen.requirements() - engine.capabilities)
+    if missing:
+        raise CapabilityError(f"{chosen.name} needs {', '.join(missing)}, which {engine.name} cannot; local:PATH can")
+
+
+async def _call(chosen: Strategy, thread: Thread, scope: Scope) -> Thread | Outcome:
+    """Call the strategy within its wall-clock budget."""
+    limit = scope.ledger.budget.wall_seconds
+    timer = asyncio.timeout(limit)
+    try:
+        async with timer:
+            return await chosen(thread)
+    except TimeoutError:
+        if not timer.expired():
+            raise
+        raise BudgetExceeded("wall_seconds", limit or 0, scope.ledger) from None
+
+
+def _salvage(chosen: Strategy, thread: Thread, scope: Scope, spent: BudgetExceeded) -> Thread | Outcome:
+    """The best there is when a budget has ended: what was offered, else the strategy's own unfinished thread."""
+    if scope.offers:
+        return chosen.conclude(scope.offers)
+    if isinstance(spent, BudgetCut) and spent.thread.path == thread.path:
+        return spent.thread
+    return Outcome()
+
+
+def _finish(result: Thread | Outcome, thread: Thread, scope: Scope, stopped: BudgetExceeded | None) -> Outcome:
+    run = thread._run
+    if isinstance(result, Thread):
+        candidate = result.candidate()
+        outcome = Outcome(
+            text=result.text, answer=candidate.answer, candidates=[candidate], finish_reason=result.finish_reason
+        )
+        outcome._thread = result
+    elif isinstance(result, Outcome):
+        outcome = result
+    else:
+        raise UsageError(f"a strategy returns a Thread or an Outcome, not {type(result).__name__}")
+    outcome.usage = Usage.of(
+        scope.nodes,
+        critical_path_tokens=max(0, run.depth(frontier.get()) - scope.base),
+        wall_seconds=time.monotonic() - scope.began,
+    )
+    outcome.graph = run.graph
+    outcome.stopped_by = stopped.limit if stopped else outcome.stopped_by
+    return outcome

@@ -1,0 +1,49 @@
+"""What all strategies that draw several independent samples share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from orchestra.outcome import Candidate, Outcome
+from orchestra.strategies.base import Strategy, StrategyField
+from orchestra.strategies.sample import Sample
+from orchestra.thread import Thread, Threads
+
+MAX_SAMPLES = 4096  # more than anyone has reported; a typing error should not order a million generations
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+
+
+class SamplingStrategy(Strategy):
+    """Several independent samples, then a choice.
+
+    Attributes:
+        samples: how many.
+        drafts: what draws one sample; its temperature is 1 unless it or the run sets another.
+    """
+
+    abstract = True
+
+    samples: Samples = 8
+    drafts: StrategyField = Field(default_factory=Sample)
+
+    def branches(self, thread: Thread) -> Threads:
+        """One fork for each sample."""
+        return thread.using(temperature=1.0).fork(self.samples)
+
+    async def draw(self, branch: Thread) -> Candidate:
+        """Draw one sample and offer it."""
+        outcome = await branch.run(self.drafts)
+        candidate = outcome.as_candidate(logprob=outcome.thread.logprob if outcome.thread else None)
+        candidate.weight = self.weigh(candidate)
+        branch.offer(candidate)
+        return candidate
+
+    def weigh(self, candidate: Candidate) -> float:
+        """What a sample counts for in the choice."""
+        return 1.0
+
+    async def __call__(self, thread: Thread) -> Outcome:
+        """Draw all samples side by side, then choose."""
+        return self.conclude(await self.branches(thread).map(self.draw))

@@ -1,0 +1,363 @@
+"""Threads: immutable points in a run's graph, and the verbs with which strategies are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from orchestra.answers import Reasoning, split_reasoning
+from orchestra.errors import BudgetExceeded, UsageError
+from orchestra.graph import Edge, Node, Span
+from orchestra.group import Future, gather, race, with_frontier
+from orchestra.outcome import Candidate, Outcome
+from orchestra.run import Path, Run, current_scope, frontier
+from orchestra.runtime.engine import Capability, Prompt, Sampling
+from orchestra.stem import Stem, encode
+
+if TYPE_CHECKING:
+    from orchestra.budget import Budget
+    from orchestra.strategies.base import Spec
+
+T = TypeVar("T")
+Join = Literal["auto", "reuse", "recompute"]
+
+
+def _copy(span: Span) -> Span:
+    return replace(span, tokens=list(span.tokens), logprobs=list(span.logprobs))
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A point in a run: what has been said so far, and where to go on.
+
+    Threads are values. Every verb leaves its thread as it was and gives a new one, so a thread can be forked, raced
+    and gone back to at any time. Two threads never share randomness: going on twice from the same thread is a fork.
+    """
+
+    _run: Run = field(repr=False)
+    _stem: Stem = field(repr=False)
+    path: Path = ()
+    prompt: Prompt = ""
+    _tail: tuple[str | Span, ...] = ()
+    _alias: str = ""
+    _defaults: tuple[tuple[str, Any], ...] = ()
+    _node: Node | None = field(default=None, repr=False)
+    _length: int = 0
+    _before: str = field(default="", repr=False)
+    matched: str | int | None = None
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        """All that stands after the prompt, forced and sampled."""
+        self._touch()
+        return self._before + "".join(piece if isinstance(piece, str) else piece.text for piece in self._tail)
+
+    @property
+    def generated(self) -> str:
+        """The sampled text of the last generation; empty before the first."""
+        self._touch()
+        return "".join(span.text for span in self._sampled)
+
+    @property
+    def reasoning(self) -> Reasoning:
+        """The text split into thinking and solution."""
+        return split_reasoning(self.text)
+
+    @property
+    def answer(self) -> str | None:
+        """The answer in the text, as the run's task extracts it."""
+        return self._run.extract(self.text)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the last generation ended: `stop`, `length`, ...; None before the first."""
+        return self._node.finish_reason if self._node else None
+
+    @property
+    def logprob(self) -> float | None:
+        """Sum of the raw log-probabilities of the last generation (nats); None if the engine does not report them."""
+        values = self.logprobs
+        return sum(values) if values else None
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Raw log-probability of each token of the last generation (nats)."""
+        return [value for span in self._sampled for value in span.logprobs]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Number of tokens of the last generation."""
+        return sum(span.count for span in self._sampled)
+
+    @property
+    def _sampled(self) -> list[Span]:
+        return [span for span in self._node.spans if span.origin == "sampled"] if self._node else []
+
+    def _touch(self) -> None:
+        """Reading a result is coming after it, however the program awaited it (a gather of its own, say)."""
+        if self._node is not None and self._node.id not in frontier.get():
+            frontier.set(frontier.get() | {self._node.id})
+
+    # -- verbs -------------------------------------------------------------------------------------------------------
+
+    def append(self, text: str) -> Thread:
+        """Write `text` into the thread; it is computed when the thread is next generated or forked."""
+        return replace(self, _tail=(*self._tail, text)) if text else self
+
+    @overload
+    def fork(self, what: int) -> Threads: ...
+    @overload
+    def fork(self, what: Sequence[str]) -> Threads: ...
+    def fork(self, what: int | Sequence[str]) -> Threads:
+        """Fork into `what` equal threads, or into one for each of the texts. Nothing is copied or computed."""
+        texts = [""] * what if isinstance(what, int) else [what] if isinstance(what, str) else what
+        if not texts:
+            raise UsageError("a fork has at least one branch")
+        base = self._rooted()
+        return Threads(replace(base, path=self._run.fork_path(self.path)).append(text) for text in texts)
+
+    def _rooted(self) -> Thread:
+        if not self._tail:
+            return self
+        stem = Stem(self._run, (self._stem,), self._tail, self.path, self._alias)
+        return replace(self, _stem=stem, _tail=(), _before=self.text)
+
+    async def generate(self, **sampling: Any) -> Thread:
+        """Sample until a stop or a limit.
+
+        Args:
+            sampling: fields of `Sampling` (temperature, top_p, max_tokens, stop, ...); what is not given comes from
+                `using`, the run's settings, and last `Sampling`'s defaults.
+
+        Raises:
+            BudgetExceeded: a budget ended it, or left nothing to begin with. What was sampled is in the graph.
+            UsageError: wrong settings; or the context has no room.
+            EngineError: the engine failed.
+        """
+        settings = self._sampling(sampling)
+        edges = await self._stem.edges()
+        spans = [_copy(span) for span in await encode(self._run, self._tail, self._alias)]
+        try:
+            done = await self._run.generate(edges, spans, self.path, self._alias, settings)
+        except BudgetExceeded as spent:
+            raise BudgetCut(spent, self) from None
+        text = self.text + "".join(span.text for span in done.node.spans if span.origin == "sampled")
+        thread = replace(
+            self,
+            _stem=Stem.at(self._run, done.node, done.length),
+            path=tuple(done.node.path),
+            _tail=(),
+            _node=done.node,
+            _length=done.length,
+            _before=text,
+            matched=done.matched,
+        )
+        if done.cut is not None:
+            raise BudgetCut(done.cut, thread)
+        return thread
+
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
+        values = dict(self._defaults) | {key: value for key, value in given.items() if value is not None}
+        for key in ("stop", "stop_ids"):
+            if key in values:
+                values[key] = (values[key],) if isinstance(values[key], str | int) else tuple(values[key])
+        try:
+            return Sampling(**values)
+        except TypeError:
+            known = ", ".join(Sampling.__dataclass_fields__)
+            unknown = ", ".join(sorted(values.keys() - Sampling.__dataclass_fields__.keys()))
+            raise UsageError(f"unknown sampling setting {unknown} (known: {known})") from None
+
+    def using(self, **sampling: Any) -> Thread:
+        """Sampling settings for this thread and all that come from it, where the caller has set nothing."""
+        values = {key: value for key, value in sampling.items() if value is not None}
+        return replace(self, _defaults=tuple((values | dict(self._defaults)).items()))
+
+    async def score(self, text: str) -> list[float]:
+        """Log-probability (nats) of each token of `text` as this thread's continuation.
+
+        Raises:
+            CapabilityError: the engine cannot score.
+        """
+        edges = await self._stem.edges()
+        before = await encode(self._run, self._tail, self._alias)
+        given = await encode(self._run, (text,), self._alias)
+        node = self._run.settle(edges, [_copy(span) for span in before + given], self.path, self._alias)
+        scores = await self._run.engine_for(self._alias).score(self._run.graph, node)
+        return scores[sum(span.count for span in before) :]
+
+    async def spawn(self, prompts: Sequence[Prompt], engine: str | None = None) -> Threads:
+        """New threads with contexts of their own (not forks: they see nothing of this thread), after this one.
+
+        Args:
+            prompts: one prompt each.
+            engine: alias of the engine to run them on; default: this thread's.
+        """
+        self._touch()
+        alias = self._alias if engine is None else engine
+        spans = [await self._run.engine_for(alias).encode_prompt(prompt) for prompt in prompts]
+        return Threads(
+            Thread(
+                self._run,
+                Stem(self._run, (), (span,), path := self._run.fork_path(self.path), alias),
+                path=path,
+                prompt=prompt,
+                _alias=alias,
+                _defaults=self._defaults,
+            )
+            for prompt, span in zip(prompts, spans, strict=True)
+        )
+
+    async def join(self, branches: Iterable[Thread], text: str = "", how: Join = "auto") -> Thread:
+        """Bring forks of this thread back into one.
+
+        Args:
+            branches: threads that were forked from this one, in the order in which they are to stand.
+            text: what to write after them.
+            how: `reuse`: the branches become context of what follows, which starts after the longest of them; nothing
+                is computed again, and `text` must not be empty. `recompute`: their tokens are written into this thread
+                one after the other. `auto`: reuse where the engine can.
+
+        Raises:
+            UsageError: a branch is no descendant of this thread, or a reuse join has no text.
+            CapabilityError: the engine cannot do what `how` asks.
+        """
+        branches = list(branches)
+        for branch in branches:
+            branch._touch()
+        if how == "auto":
+            reuse = Capability.REUSE_JOIN in self._run.engine_for(self._alias).capabilities and bool(text)
+            how = "reuse" if reuse and branches else "recompute"
+        base = self._rooted()
+        if how == "reuse":
+            if not text:
+                raise UsageError("a reuse join needs text: its first token is predicted by no single branch")
+            stems = [branch._rooted()._stem for branch in branches]
+            seen = "".join(branch.text.removeprefix(self.text) for branch in branches)
+            stem = Stem(self._run, stems, (), self.path, self._alias)
+            return replace(base, _stem=stem, _before=self.text + seen).append(text)
+        here = await base._stem.edges()
+        spans = [span for branch in branches for span in await branch._since(here)]
+        return replace(base, _tail=tuple(spans)).append(text)
+
+    async def _since(self, base: list[Edge]) -> list[Span]:
+        """What stands between `base` and the end of this thread, as forced spans of the same token ids."""
+        (end,) = await self._rooted()._stem.edges()
+        spans: list[Span] = []
+        for node, length in reversed(self._run.graph.lineage(*end)):
+            if Edge(node, length) in base:
+                return spans
+            inner = [_part(span, n) for span, n in _cut(self._run.graph.nodes[node].spans, length)]
+            if any(span.origin == "prompt" for span in self._run.graph.nodes[node].spans):
+                break
+            spans = inner + spans
+        raise UsageError("join takes threads that were forked from this one")
+
+    async def run(self, strategy: Spec, *, budget: Budget | None = None) -> Outcome:
+        """Run a strategy from here, inside this run; its budget is part of the ones around it."""
+        from orchestra.strategies.base import execute
+
+        return await execute(strategy, self, budget)
+
+    def start(self, strategy: Spec | None = None, **sampling: Any) -> Future[Any]:
+        """Begin in the background: a generation, or a strategy. Awaiting the future is coming after it.
+
+        What nobody awaits is cancelled when the run ends.
+        """
+        work: Coroutine[Any, Any, Any] = self.generate(**sampling) if strategy is None else self.run(strategy)
+        return Future(self._run.start(with_frontier(work)))
+
+    # -- results -----------------------------------------------------------------------------------------------------
+
+    def candidate(self, weight: float = 1.0) -> Candidate:
+        """This thread as a candidate."""
+        return Candidate(
+            text=self.text,
+            answer=self.answer,
+            weight=weight,
+            finish_reason=self.finish_reason,
+            tokens=self.sampled_tokens,
+            logprob=self.logprob,
+        )
+
+    def offer(self, candidate: Candidate) -> None:
+        """Tell the innermost strategy what it would choose from if its budget ended now."""
+        current_scope.get().offers.append(candidate)
+
+
+class BudgetCut(BudgetExceeded):
+    """A budget ended a generation; `thread` is what there is of it."""
+
+    def __init__(self, cut: BudgetExceeded, thread: Thread) -> None:
+        Exception.__init__(self, str(cut))
+        self.limit, self.ledger, self.thread = cut.limit, cut.ledger, thread
+
+
+class Threads(tuple[Thread, ...]):
+    """A group of threads; its verbs act on all members side by side."""
+
+    __slots__ = ()
+
+    def append(self, text: str | Sequence[str]) -> Threads:
+        """Append one text to all, or one to each."""
+        texts = [text] * len(self) if isinstance(text, str) else text
+        return Threads(thread.append(piece) for thread, piece in zip(self, texts, strict=True))
+
+    async def generate(self, **sampling: Any) -> Threads:
+        """Generate on all; see `Thread.generate`."""
+        return Threads(await gather([thread.generate(**sampling) for thread in self]))
+
+    async def run(self, strategy: Spec) -> list[Outcome]:
+        """Run a strategy on each."""
+        return await gather([thread.run(strategy) for thread in self])
+
+    async def map(self, work: Callable[[Thread], Coroutine[Any, Any, T]]) -> list[T]:
+        """Run any coroutine function on each."""
+        return await gather([work(thread) for thread in self])
+
+    async def race(
+        self,
+        first: int = 1,
+        by: Literal["time", "tokens"] = "tokens",
+        work: Callable[[Thread], Coroutine[Any, Any, Any]] | None = None,
+        **sampling: Any,
+    ) -> list[Any]:
+        """The first results, in the order of the finish; the others are cancelled, on the server too.
+
+        Args:
+            first: how many.
+            by: the clock: `time`, or `tokens` sampled (independent of the schedule; ties to the lower fork index).
+            work: what each runs; default: one generation, whose results are threads.
+            sampling: settings of that generation.
+        """
+        members = [work(thread) if work else thread.generate(**sampling) for thread in self]
+        run = self[0]._run if self else None
+        if run is None:
+            raise UsageError("a race needs at least one thread")
+        return [result for _, result in await race(run, members, first, by)]
+
+    async def score(self, text: str) -> list[list[float]]:
+        """Score `text` on each; see `Thread.score`."""
+        return await gather([thread.score(text) for thread in self])
+
+    def resample(self, ancestors: Sequence[int]) -> Threads:
+        """New threads from the members with these indices (an index may occur often); nothing is copied."""
+        if any(not 0 <= a < len(self) for a in ancestors):
+            raise UsageError(f"ancestors are indices 0..{len(self) - 1}, not {list(ancestors)}")
+        return Threads(self[a].fork(1)[0] for a in ancestors)
+
+
+def _cut(spans: Sequence[Span], length: int) -> Iterator[tuple[Span, int]]:
+    """The spans of a node's first `length` tokens, with how many tokens of each."""
+    for span in spans:
+        if length > 0:
+            yield span, min(length, span.count)
+        length -= span.count
+
+
+def _part(span: Span, length: int) -> Span:
+    """The first tokens of a span as forced text. Only an end-of-sequence token is ever cut off, which has no text."""
+    return Span("forced", span.tokens[:length], length, span.text)
