@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from orchestra.concurrency import first_error
 from orchestra.errors import BudgetExceeded, UsageError
-from orchestra.run import Run, Scope, current_scope, frontier
+from orchestra.run import Run, Scope, current_scope, frontier, scope
 
 T = TypeVar("T")
 
@@ -67,13 +67,13 @@ async def race(
         for member in work:
             member.close()
         raise UsageError(f"a race of {len(work)} can have 1 to {len(work)} winners, not {first}")
-    parent = current_scope.get()
+    parent = scope()
     scopes = [Scope(run, parent, offers=parent.offers) for _ in work]
     ended: dict[int, _Ended[T]] = {}
     changed = asyncio.Event()
     if by == "tokens":  # a member may lose by going on, not only when another ends
-        for scope in scopes:
-            scope.on_progress = changed.set
+        for member_scope in scopes:
+            member_scope.on_progress = changed.set
 
     def rank(index: int) -> tuple[int, int]:
         return (scopes[index].critical_path_tokens, index) if by == "tokens" else (0, 0)

@@ -28,7 +28,18 @@ T = TypeVar("T")
 Path = tuple[int, ...]
 
 frontier: ContextVar[frozenset[int]] = ContextVar("orchestra_frontier", default=frozenset())
-current_scope: ContextVar[Scope] = ContextVar("orchestra_scope")
+current_scope: ContextVar[Scope | None] = ContextVar("orchestra_scope", default=None)
+
+
+def scope() -> Scope:
+    """The innermost strategy at work.
+
+    Raises:
+        UsageError: threads are used outside the strategy that they were given to.
+    """
+    if (innermost := current_scope.get()) is None:
+        raise UsageError("threads live inside a running strategy: use connection.run(strategy, prompt)")
+    return innermost
 
 
 @dataclass(slots=True)
@@ -132,6 +143,7 @@ class Run:
 
     async def __aenter__(self) -> Run:
         self._group = await asyncio.TaskGroup().__aenter__()
+        self._outside = frontier.set(frozenset()), current_scope.set(None)  # a run inside another one is its own
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -144,6 +156,8 @@ class Run:
         except BaseExceptionGroup as errors:
             raise first_error(errors) from None
         finally:
+            frontier.reset(self._outside[0])
+            current_scope.reset(self._outside[1])
             for engine in (self.engine, *self.engines.values()):
                 await uninterrupted(engine.release(self.graph))
 
@@ -184,8 +198,8 @@ class Run:
         awaited = [n for n in frontier.get() if n not in behind]
         node = self.graph.add(context, waits=awaited, path=path, spans=spans, engine=alias)
         self._depth.append(self.depth(self.graph.predecessors(node.id)))
-        for scope in current_scope.get().chain:
-            scope.nodes.append(node)
+        for owner in scope().chain:
+            owner.nodes.append(node)
         return node
 
     def settle(self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str) -> Node:
@@ -208,9 +222,9 @@ class Run:
             raise UsageError(f"max_tokens is at least 1, not {sampling.max_tokens}")
         if len(context) > 1 and Capability.REUSE_JOIN not in engine.capabilities:
             raise CapabilityError(f"{engine.name} cannot join by reuse; use how='recompute' or a local: engine")
-        scope = current_scope.get()
+        within = scope()
         depth = self.depth(frontier.get() | {edge.parent for edge in context})
-        levels = [(owner.ledger, depth - owner.base) for owner in scope.chain]
+        levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
         reservation = await Reservation.make(levels, sampling.max_tokens)
         used = 0
         try:
@@ -218,7 +232,7 @@ class Run:
             self._draw(node)
             limited = replace(sampling, max_tokens=reservation.granted)
             try:
-                last = await self._sample(engine, node, limited, scope)
+                last = await self._sample(engine, node, limited, within)
             finally:
                 used = node.count("sampled")
         finally:
@@ -233,8 +247,8 @@ class Run:
             node.path = list(self.fork_path(tuple(node.path)))
         self._drawn.add((tuple(node.path), node.end))
 
-    async def _sample(self, engine: Engine, node: Node, sampling: Sampling, scope: Scope) -> Delta:
-        watched = self.listener is not None or any(owner.on_progress for owner in scope.chain)
+    async def _sample(self, engine: Engine, node: Node, sampling: Sampling, within: Scope) -> Delta:
+        watched = self.listener is not None or any(owner.on_progress for owner in within.chain)
         request = Request(self.graph, node, sampling, self.seed, tuple(node.path), 1 if watched else 16)
         node.started = time.monotonic() - self.began
         self._emit("start", node, node.text)
@@ -242,10 +256,10 @@ class Run:
         sampled = Span("sampled")
         node.spans.append(sampled)
         try:
-            return await self._read(stream, node, sampled, scope)
+            return await self._read(stream, node, sampled, within)
         except asyncio.CancelledError:
             stream.cancel()
-            await uninterrupted(self._read(stream, node, sampled, scope))
+            await uninterrupted(self._read(stream, node, sampled, within))
             raise
         except BaseException:
             node.finish_reason = "error"
@@ -254,7 +268,7 @@ class Run:
             node.ended = time.monotonic() - self.began
             self._emit("end", node)
 
-    async def _read(self, stream: Stream, node: Node, sampled: Span, scope: Scope) -> Delta:
+    async def _read(self, stream: Stream, node: Node, sampled: Span, within: Scope) -> Delta:
         last = Delta()
         async for last in stream:
             sampled.tokens += last.tokens
@@ -264,7 +278,7 @@ class Run:
             node.cached_tokens += last.cached_tokens
             node.finish_reason = last.finish_reason
             self._depth[node.id] += last.count
-            for owner in scope.chain:
+            for owner in within.chain:
                 owner.reached = max(owner.reached, self._depth[node.id])
                 if owner.on_progress:
                     owner.on_progress()

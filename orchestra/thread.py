@@ -11,7 +11,7 @@ from orchestra.errors import BudgetExceeded, UsageError
 from orchestra.graph import Edge, Node, Span
 from orchestra.group import Future, gather, race, with_frontier
 from orchestra.outcome import Candidate, Outcome
-from orchestra.run import Path, Run, current_scope, frontier
+from orchestra.run import Path, Run, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
 from orchestra.stem import Stem, encode
 
@@ -285,7 +285,7 @@ class Thread:
 
     def offer(self, candidate: Candidate) -> None:
         """Tell the innermost strategy what it would choose from if its budget ended now."""
-        current_scope.get().offers.append(candidate)
+        scope().offers.append(candidate)
 
 
 class BudgetCut(BudgetExceeded):

@@ -132,7 +132,7 @@ async def execute(spec: Spec, thread: Thread, budget: Budget | None = None) -> O
     """
     chosen = parse_strategy(spec if isinstance(spec, Strategy | str) else dict(spec))
     _require(chosen, thread)
-    scope = Scope(thread._run, current_scope.get(None), budget)
+    scope = Scope(thread._run, current_scope.get(), budget)
     token = current_scope.set(scope)
     stopped: BudgetExceeded | None = None
     result: Thread | Outcome

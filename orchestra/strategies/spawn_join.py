@@ -19,7 +19,7 @@ class SpawnJoin(Strategy):
 
     Attributes:
         children: children per round that the model is asked for; None: it decides. More children, shorter rounds.
-        rounds: most spawn rounds; after the last the parent has to answer with what it knows.
+        rounds: most spawn rounds; what the parent writes after the last one is final.
         child_tokens: most tokens a child may sample.
     """
 
@@ -32,13 +32,13 @@ class SpawnJoin(Strategy):
 
     async def __call__(self, thread: Thread) -> Thread:
         """Parent turns and child rounds, until the parent answers."""
-        parent = thread.append(apr.header(self.children))
+        parent = await thread.append(apr.header(self.children)).generate(stop=apr.STOP)
         for _ in range(self.rounds):
-            parent = await parent.generate(stop=apr.STOP)
             spawned = apr.parse_spawn(parent.generated) if parent.matched == apr.STOP else []
             if not spawned:
                 break
             prompts = [apr.child_prompt(line, str(thread.prompt)) for line in spawned]
             children = await (await parent.spawn(prompts)).generate(max_tokens=self.child_tokens)
-            parent = parent.append(apr.render_join(apr.child_result(child.text) for child in children))
+            results = apr.render_join(apr.child_result(child.text) for child in children)
+            parent = await parent.append(results).generate(stop=apr.STOP)
         return parent
