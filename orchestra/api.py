@@ -15,7 +15,6 @@ from orchestra.run import Event, Run
 from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Engine, Prompt
 from orchestra.spec import parse_budget, parse_strategy
-from orchestra.stem import Stem
 from orchestra.strategies.base import Spec, execute
 from orchestra.thread import Thread
 
@@ -34,7 +33,8 @@ class Connection:
     async def __aenter__(self) -> Self:
         try:
             for alias, url in self._urls.items():
-                self._open[alias] = url if isinstance(url, Engine) else await asyncio.to_thread(open_engine, url)
+                self._open[alias] = url if isinstance(url, Engine) else open_engine(url)
+                await self._open[alias].open()
         except BaseException:
             await self.close()
             raise
@@ -108,8 +108,7 @@ class Connection:
         engine = self.engine
         aliases = {alias: other for alias, other in self._open.items() if alias}
         async with Run(engine, seed, aliases, extract, listener) as run:
-            span = await engine.encode_prompt(prompt, **(template or {}))
-            root = Thread(run, Stem(run, (), (span,), (), ""), prompt=prompt).using(**sampling)
+            root = Thread.root(run, prompt, template=template).using(**sampling)
             return await execute(chosen, root, limits)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -13,7 +13,7 @@ from orchestra.group import Future, gather, race, with_frontier
 from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
-from orchestra.stem import Stem, encode
+from orchestra.stem import Later, Stem, Text, copy, encode
 
 if TYPE_CHECKING:
     from orchestra.budget import Budget
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Join = Literal["auto", "reuse", "recompute"]
-
-
-def _copy(span: Span) -> Span:
-    return replace(span, tokens=list(span.tokens), logprobs=list(span.logprobs))
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class Thread:
     _stem: Stem = field(repr=False)
     path: Path = ()
     prompt: Prompt = ""
-    _tail: tuple[str | Span, ...] = ()
+    _tail: tuple[Text, ...] = ()
     _alias: str = ""
     _defaults: tuple[tuple[str, Any], ...] = ()
     _node: Node | None = field(default=None, repr=False)
@@ -139,7 +135,7 @@ class Thread:
         """
         settings = self._sampling(sampling)
         edges = await self._stem.edges()
-        spans = [_copy(span) for span in await encode(self._run, self._tail, self._alias)]
+        spans = await encode(self._run, edges, self._tail, self._alias)
         try:
             done = await self._run.generate(edges, spans, self.path, self._alias, settings)
         except BudgetExceeded as spent:
@@ -183,13 +179,13 @@ class Thread:
             CapabilityError: the engine cannot score.
         """
         edges = await self._stem.edges()
-        before = await encode(self._run, self._tail, self._alias)
-        given = await encode(self._run, (text,), self._alias)
-        node = self._run.settle(edges, [_copy(span) for span in before + given], self.path, self._alias)
+        before = await encode(self._run, edges, self._tail, self._alias)
+        given = await encode(self._run, edges, (text,), self._alias)
+        node = self._run.settle(edges, before + given, self.path, self._alias)
         scores = await self._run.engine_for(self._alias).score(self._run.graph, node)
         return scores[sum(span.count for span in before) :]
 
-    async def spawn(self, prompts: Sequence[Prompt], engine: str | None = None) -> Threads:
+    def spawn(self, prompts: Sequence[Prompt], engine: str | None = None) -> Threads:
         """New threads with contexts of their own (not forks: they see nothing of this thread), after this one.
 
         Args:
@@ -198,20 +194,25 @@ class Thread:
         """
         self._touch()
         alias = self._alias if engine is None else engine
-        spans = [await self._run.engine_for(alias).encode_prompt(prompt) for prompt in prompts]
         return Threads(
-            Thread(
-                self._run,
-                Stem(self._run, (), (span,), path := self._run.fork_path(self.path), alias),
-                path=path,
-                prompt=prompt,
-                _alias=alias,
-                _defaults=self._defaults,
+            Thread.root(self._run, prompt, path=self._run.fork_path(self.path), alias=alias).using(
+                **dict(self._defaults)
             )
-            for prompt, span in zip(prompts, spans, strict=True)
+            for prompt in prompts
         )
 
-    async def join(self, branches: Iterable[Thread], text: str = "", how: Join = "auto") -> Thread:
+    @classmethod
+    def root(
+        cls, run: Run, prompt: Prompt, *, path: Path = (), alias: str = "", template: Mapping[str, Any] | None = None
+    ) -> Thread:
+        """A thread of `run` that begins with a prompt, which is encoded when it is first needed."""
+
+        async def encoded(_: list[Edge]) -> list[Span]:
+            return [await run.engine_for(alias).encode_prompt(prompt, **(template or {}))]
+
+        return cls(run, Stem(run, (), (Later("", encoded),), path, alias), path, prompt, _alias=alias)
+
+    def join(self, branches: Iterable[Thread], text: str = "", how: Join = "auto") -> Thread:
         """Bring forks of this thread back into one.
 
         Args:
@@ -232,29 +233,18 @@ class Thread:
             reuse = Capability.REUSE_JOIN in self._run.engine_for(self._alias).capabilities and bool(text)
             how = "reuse" if reuse and branches else "recompute"
         base = self._rooted()
+        seen = "".join(branch.text.removeprefix(self.text) for branch in branches)
         if how == "reuse":
             if not text:
                 raise UsageError("a reuse join needs text: its first token is predicted by no single branch")
             stems = [branch._rooted()._stem for branch in branches]
-            seen = "".join(branch.text.removeprefix(self.text) for branch in branches)
             stem = Stem(self._run, stems, (), self.path, self._alias)
             return replace(base, _stem=stem, _before=self.text + seen).append(text)
-        here = await base._stem.edges()
-        spans = [span for branch in branches for span in await branch._since(here)]
-        return replace(base, _tail=tuple(spans)).append(text)
 
-    async def _since(self, base: list[Edge]) -> list[Span]:
-        """What stands between `base` and the end of this thread, as forced spans of the same token ids."""
-        (end,) = await self._rooted()._stem.edges()
-        spans: list[Span] = []
-        for node, length in reversed(self._run.graph.lineage(*end)):
-            if Edge(node, length) in base:
-                return spans
-            inner = [_part(span, n) for span, n in _cut(self._run.graph.nodes[node].spans, length)]
-            if any(span.origin == "prompt" for span in self._run.graph.nodes[node].spans):
-                break
-            spans = inner + spans
-        raise UsageError("join takes threads that were forked from this one")
+        async def copies(here: list[Edge]) -> list[Span]:
+            return [span for branch in branches for span in copy(self._run, await branch._rooted()._stem.edges(), here)]
+
+        return replace(base, _tail=(Later(seen, copies),)).append(text)
 
     async def run(self, strategy: Spec, *, budget: Budget | None = None) -> Outcome:
         """Run a strategy from here, inside this run; its budget is part of the ones around it."""
@@ -348,16 +338,3 @@ class Threads(tuple[Thread, ...]):
         if any(not 0 <= a < len(self) for a in ancestors):
             raise UsageError(f"ancestors are indices 0..{len(self) - 1}, not {list(ancestors)}")
         return Threads(self[a].fork(1)[0] for a in ancestors)
-
-
-def _cut(spans: Sequence[Span], length: int) -> Iterator[tuple[Span, int]]:
-    """The spans of a node's first `length` tokens, with how many tokens of each."""
-    for span in spans:
-        if length > 0:
-            yield span, min(length, span.count)
-        length -= span.count
-
-
-def _part(span: Span, length: int) -> Span:
-    """The first tokens of a span as forced text. Only an end-of-sequence token is ever cut off, which has no text."""
-    return Span("forced", span.tokens[:length], length, span.text)

@@ -75,7 +75,7 @@ def test_best_of_prefers_an_answer_then_the_score() -> None:
 def test_a_missing_capability_is_named_with_an_engine_that_has_it() -> None:
     engine = ScriptedEngine(replies(" x $"))
     engine.capabilities -= {Capability.LOGPROBS, Capability.CONTINUE}
-    with pytest.raises(CapabilityError, match="best_of needs logprobs.*local:"):
+    with pytest.raises(CapabilityError, match=r"best_of needs logprobs.*local:"):
         run("best_of", replies(), engine=engine)
     with pytest.raises(CapabilityError, match="self_consistency needs continue"):
         run("self_consistency(drafts=spawn_join)", replies(), engine=engine)

@@ -77,7 +77,7 @@ def test_critical_path_by_hand() -> None:
 
     async def program(thread: Thread) -> Thread:
         parent = await thread.generate(max_tokens=3)
-        children = await (await parent.spawn(["x", "y y", "z"])).generate()
+        children = await parent.spawn(["x", "y y", "z"]).generate()
         return await parent.append(" got " + " ".join(c.generated.strip() for c in children)).generate(max_tokens=2)
 
     def script(context: str, path: tuple[int, ...]) -> str:
@@ -94,7 +94,7 @@ def test_critical_path_by_hand() -> None:
 def test_wait_edges_follow_the_program_even_through_its_own_gather() -> None:
     async def program(thread: Thread) -> Thread:
         a, b = await asyncio.gather(*(branch.generate() for branch in thread.fork(2)))
-        return await (await thread.spawn([a.text + b.text]))[0].generate()
+        return await thread.spawn([a.text + b.text])[0].generate()
 
     outcome = run(program, ScriptedEngine(lambda _, path: words([6, 4, 2])[path[-1]]))
     assert outcome.usage.critical_path_tokens == 6 + 2
@@ -104,8 +104,7 @@ def test_joins() -> None:
     async def _join(thread: Thread, how: str) -> Thread:
         base = thread.append(" go").fork(1)[0]
         branches = await base.fork([" 1:", " 2:"]).generate(max_tokens=2)
-        joined = await base.join(branches, " so", how=how)  # type: ignore[arg-type]
-        return await joined.generate(max_tokens=1)
+        return await base.join(branches, " so", how=how).generate(max_tokens=1)  # type: ignore[arg-type]
 
     script = lambda context, path: " done" if context.endswith("so") else " x y z"  # noqa: E731
     for how in ("recompute", "reuse"):
@@ -131,7 +130,7 @@ def test_joins() -> None:
 def test_recompute_join_leaves_out_the_end_of_sequence_token() -> None:
     async def program(thread: Thread) -> Thread:
         branches = await thread.fork(2).generate()
-        return await (await thread.join(branches, " so", how="recompute")).generate()
+        return await thread.join(branches, " so", how="recompute").generate()
 
     outcome = run(program, ScriptedEngine(lambda c, _: " end $" if c.endswith("so") else " x $"))
     assert outcome.text == " x x so end"
@@ -140,10 +139,10 @@ def test_recompute_join_leaves_out_the_end_of_sequence_token() -> None:
 
 def test_join_of_strangers_and_reuse_without_text_are_refused() -> None:
     async def strangers(thread: Thread) -> Thread:
-        return await thread.join(await (await thread.spawn(["q"])).generate(), " so", how="recompute")
+        return await thread.join(await thread.spawn(["q"]).generate(), " so", how="recompute").generate()
 
     async def silent(thread: Thread) -> Thread:
-        return await thread.join(await thread.fork(2).generate(), how="reuse")
+        return thread.join(await thread.fork(2).generate(), how="reuse")
 
     with pytest.raises(UsageError, match="forked from this one"):
         run(strangers, ScriptedEngine(replies(" x $")))

@@ -25,7 +25,7 @@ _EMBEDDED_HINT = "the embedded model speaks Countdown ('numbers: 3 7 8 12 target
 
 
 def open_engine(url: str) -> Engine:
-    """The engine that a URL names, with its model loaded.
+    """The engine that a URL names, not yet opened.
 
     Raises:
         UsageError: no such engine, or a parameter that it does not have.
@@ -39,11 +39,11 @@ def open_engine(url: str) -> Engine:
     if scheme in _LATER:
         raise UsageError(f"engine {url!r}: {scheme} engines are not in this version; use demo or local:PATH")
     if scheme == "demo":
-        return _local(str(_EMBEDDED), parameters, name="demo", hint=_EMBEDDED_HINT)
+        return _local("demo", str(_EMBEDDED), parameters, hint=_EMBEDDED_HINT)
     if scheme == "local":
         if not target:
             raise UsageError("a local engine needs a model: local:PATH_OR_ID, such as local:./my-model?dtype=bfloat16")
-        return _local(target, parameters, name=f"local:{target}")
+        return _local(f"local:{target}", target, parameters)
     raise UsageError(one_of("engine", scheme, ("demo", "local", *_LATER)) + f", from {url!r}")
 
 
@@ -52,10 +52,12 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
     "device": str,
     "kernel": str,
     "max_batch": int,
+    "prefill": int,
+    "memory": int,
 }
 
 
-def _local(model: str, parameters: Mapping[str, str], **fixed: Any) -> Engine:
+def _local(name: str, model: str, parameters: Mapping[str, str], **fixed: Any) -> Engine:
     values: dict[str, Any] = {}
     for key, text in parameters.items():
         if key not in _LOCAL:
@@ -69,4 +71,6 @@ def _local(model: str, parameters: Mapping[str, str], **fixed: Any) -> Engine:
     require("torch", "transformers", what="an in-process engine", extra="local")
     from orchestra.runtime.local.engine import LocalEngine
 
-    return LocalEngine(model, **values, **fixed)
+    engine = LocalEngine(model, **values, **fixed)
+    engine.name = name
+    return engine

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
 
@@ -206,6 +206,14 @@ class Engine(abc.ABC):
     name: str = "engine"
     capabilities: frozenset[Capability] = frozenset()
     context_length: int | None = None
+
+    async def open(self) -> Self:
+        """Load what is loaded once. Optional: the first use does it, but here errors come early.
+
+        Raises:
+            UsageError: there is no such model, or the engine cannot run it.
+        """
+        return self
 
     @abc.abstractmethod
     async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:

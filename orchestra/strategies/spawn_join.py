@@ -38,7 +38,7 @@ class SpawnJoin(Strategy):
             if not spawned:
                 break
             prompts = [apr.child_prompt(line, str(thread.prompt)) for line in spawned]
-            children = await (await parent.spawn(prompts)).generate(max_tokens=self.child_tokens)
+            children = await parent.spawn(prompts).generate(max_tokens=self.child_tokens)
             results = apr.render_join(apr.child_result(child.text) for child in children)
             parent = await parent.append(results).generate(stop=apr.STOP)
         return parent
