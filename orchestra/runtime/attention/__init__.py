@@ -1,0 +1,1 @@
+"""Attention over segments of keys: plan and kernels, free of any engine's types."""

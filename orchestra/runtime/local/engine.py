@@ -1,0 +1,251 @@
+"""The in-process engine: PyTorch on an unchanged Hugging Face decoder, its cache the thread graph."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Self
+
+import torch
+import transformers
+
+from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
+from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.attention.kernels import KERNELS
+from orchestra.runtime.engine import Capability, Engine, Load, Prompt, Request, Stream
+from orchestra.runtime.local import sampler
+from orchestra.runtime.local.cache import COPY_BYTES
+from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
+from orchestra.runtime.local.jobs import Job, Score, Snapshot
+from orchestra.runtime.local.model import LoadedModel, load_model, load_plain
+from orchestra.runtime.local.prompts import Prompts
+from orchestra.runtime.local.scheduler import Scheduler
+from orchestra.runtime.local.worker import Worker
+
+
+class LocalEngine(Engine):
+    """Runs a causal language model in this process. The model is loaded on first use, or by `open`.
+
+    Args:
+        source: a model folder (the network is never asked), or a Hugging Face id.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: a torch device.
+        kernel: `auto`, or `reference` (slow, the oracle).
+        max_batch: most generations decoded at once.
+        prefill: most prompt tokens computed in one step; longer prompts take several, others go on decoding.
+        memory: bytes of keys and values above which what nobody reads is evicted; None for no limit.
+        copy_bytes: see `cache.COPY_BYTES`.
+        hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
+    """
+
+    capabilities = frozenset(Capability)
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        kernel: str = "auto",
+        max_batch: int = 64,
+        prefill: int = 512,
+        memory: int | None = None,
+        copy_bytes: int = COPY_BYTES,
+        hint: str = "",
+    ) -> None:
+        if kernel not in KERNELS:
+            raise UsageError(f"unknown kernel {kernel!r} (known: {', '.join(KERNELS)})")
+        for name, value in (("max_batch", max_batch), ("prefill", prefill)):
+            if value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        self.name = f"local:{source}"
+        self.source, self.dtype, self.device, self.kernel, self.hint = source, dtype, device, kernel, hint
+        self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes)
+        self._lock = threading.Lock()
+        self._model: LoadedModel | None = None
+        self._prompts: Prompts | None = None
+        self._worker: Worker | None = None
+        self._endings: dict[tuple[str, ...], Endings] = {}
+        self._closed = False
+
+    async def open(self) -> Self:
+        """Load the model now.
+
+        Raises:
+            UsageError: there is no such model, or the engine cannot run it; one line that says why.
+        """
+        if self._worker is None:
+            await asyncio.to_thread(self._open)
+        return self
+
+    def _open(self) -> tuple[LoadedModel, Prompts, Worker]:
+        with self._lock:
+            if self._closed:
+                raise EngineError(f"{self.name} is closed")
+            if self._model is None or self._prompts is None or self._worker is None:
+                model = load_model(self.source, self.dtype, self.device)
+                self._model, self._prompts = model, Prompts(model, self.hint)
+                self.context_length = model.context
+                self._worker = Worker(Scheduler(model, *self._scheduling))
+            return self._model, self._prompts, self._worker
+
+    async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
+        """See `Engine.encode_prompt`."""
+        await self.open()
+        return self._open()[1].prompt(prompt, **template)
+
+    async def encode(self, text: str) -> Span:
+        """See `Engine.encode`."""
+        await self.open()
+        return self._open()[1].forced(text)
+
+    def generate(self, request: Request) -> Stream:
+        """See `Engine.generate`."""
+        job: Job | None = None
+
+        def cancel() -> None:
+            if job is not None and self._worker is not None:
+                self._worker.cancel(job)
+
+        stream = Stream(cancel, request.chunk)
+        try:
+            model, prompts, worker = self._open()
+            job = self._job(request, stream, model, prompts, worker)
+            worker.submit(job)
+        except OrchestraError as error:
+            stream.fail(error)
+        return stream
+
+    def _job(self, request: Request, stream: Stream, model: LoadedModel, prompts: Prompts, worker: Worker) -> Job:
+        graph, node, sampling = request.graph, request.node, request.sampling
+        if (wrong := sampler.check(sampling)) is not None:
+            raise UsageError(wrong)
+        view, snapshots, before = _look(worker, graph, node)
+        forced = snapshots[-1].tokens
+        if before is None and not forced:
+            raise PromptError("nothing to go on from: the prompt is empty")
+        room = model.context - node.start - len(forced)
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {node.start + len(forced)} tokens; with the answer, "
+                f"{self.name} has room for {model.context}"
+            )
+        ends: dict[int, tuple[str | int | None, bool]] = {}
+        if not sampling.ignore_eos:
+            ends.update(dict.fromkeys(model.eos, (None, True)))
+        ends.update({token: (token, False) for token in sampling.stop_ids})
+        stops = tuple(stop for stop in sampling.stop if stop not in prompts.special)
+        # Text of special tokens is never decoded, so such a stop string is looked for by its id.
+        ends.update({prompts.special[stop]: (stop, False) for stop in sampling.stop if stop in prompts.special})
+        endings = None
+        if stops:
+            endings = self._endings.get(stops) or self._endings.setdefault(stops, Endings(prompts.decode, stops))
+        return Job(
+            graph,
+            snapshots,
+            view,
+            None if forced else before,
+            sampling,
+            sampler.noise_key(request.seed, request.path),
+            min(room, sampling.max_tokens or room),
+            ends,
+            endings,
+            stream,
+            asyncio.get_running_loop(),
+            max(1, request.chunk),
+            Detokenizer(prompts.decode, forced or _last_tokens(graph, before)),
+            Finder(stops) if stops else None,
+        )
+
+    async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
+        """See `Engine.score`. The first token of a root, or of a reuse join, is predicted by nothing: 0."""
+        await self.open()
+        model, _, worker = self._open()
+        view, snapshots, before = _look(worker, graph, node, whole=True)
+        tokens = list(node.tokens)
+        if not tokens:
+            return []
+        if node.start + len(tokens) > model.context:
+            raise PromptError(f"{node.start + len(tokens)} tokens to score; {self.name} has room for {model.context}")
+        future: Future[list[float]] = Future()
+        worker.score(Score(graph, snapshots, view, before, tokens, node.start, future))
+        return await asyncio.wrap_future(future)
+
+    async def release(self, graph: ThreadGraph) -> None:
+        """See `Engine.release`."""
+        if self._worker is not None:
+            await asyncio.wrap_future(self._worker.release(graph))
+
+    def load(self) -> Load:
+        """See `Engine.load`."""
+        return Load() if self._worker is None else self._worker.load()
+
+    def facts(self) -> dict[str, Any]:
+        """See `Engine.facts`; loads the model if need be."""
+        model, _, _ = self._open()
+        config = model.module.config
+        return {
+            "engine": "local",
+            "model": self.source,
+            "architecture": config.model_type,
+            "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "context_length": model.context,
+            "dtype": self.dtype,
+            "device": self.device,
+            "kernel": self.kernel,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def plain_model(self) -> Any:
+        """The model with its own attention, loaded anew: what the parity law compares with."""
+        return load_plain(self.source, self.dtype)
+
+    async def close(self) -> None:
+        """See `Engine.close`; generations in flight end as cancelled."""
+        with self._lock:
+            self._closed = True
+            worker = self._worker
+        if worker is not None:
+            await asyncio.to_thread(worker.close)
+        self._model = self._prompts = None
+
+
+def _look(
+    worker: Worker, graph: ThreadGraph, node: Node, whole: bool = False
+) -> tuple[dict[int, int], list[Snapshot], tuple[int, int] | None]:
+    """What the worker must know about a node's context, read now: the graph grows on this thread, not on the worker's.
+
+    Args:
+        worker: whose knowledge counts.
+        graph: the run.
+        node: whose context to read.
+        whole: leave the node itself out.
+
+    Returns:
+        The view, the nodes, and the token that predicts the node's first one.
+    """
+    view = graph.view(node.context)
+    snapshots = []
+    for i, length in view.items():
+        if worker.known(graph, i) < length:
+            seen = graph.nodes[i]
+            tokens = seen.tokens
+            if len(tokens) < length:
+                raise EngineError(
+                    f"node {i} has {length} tokens but only {len(tokens)} token ids; a local engine needs all"
+                )
+            snapshots.append(Snapshot(i, seen.start, graph.view(seen.context), tokens))
+    if not whole:
+        snapshots.append(Snapshot(node.id, node.start, view, list(node.tokens)))
+    edge = node.context[0] if len(node.context) == 1 else None
+    return view, snapshots, None if edge is None else (edge.parent, edge.length - 1)
+
+
+def _last_tokens(graph: ThreadGraph, before: tuple[int, int] | None) -> Sequence[int]:
+    if before is None:
+        return ()
+    parent, index = before
+    return graph.nodes[parent].tokens[max(0, index - 7) : index + 1]

@@ -1,0 +1,227 @@
+"""What the scheduler works on: runs, their nodes, and the generations that fill them.
+
+A `NodeState` is the engine's view of a graph node: the tokens it knows and how many of them have keys and values. A
+`Job` is one generation in one node. Event loops create jobs; from then on only the worker thread touches them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from orchestra.graph import ThreadGraph
+from orchestra.runtime.engine import Delta, Sampling, Stream
+from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
+from orchestra.runtime.local.segments import Memory, Segment, Slab
+
+View = dict[int, int]
+"""What a token attends to: node id to tokens."""
+
+
+@dataclass(slots=True, eq=False)
+class NodeState:
+    """A node as the engine knows it.
+
+    Attributes:
+        id: its index in the graph.
+        start: position of its first token.
+        view: what its first token attends to besides itself.
+        tokens: the ids known here, a prefix of the node's.
+        computed: of these, how many have keys and values.
+        segment: the sealed keys and values; None while a job's slot holds them, or when there are none.
+        job: the generation that fills it, until it ends.
+        readers: live jobs and scores whose view holds it; it is not evicted before they end.
+        used: step in which it was last read; the oldest are evicted first.
+    """
+
+    id: int
+    start: int
+    view: View
+    tokens: list[int]
+    computed: int = 0
+    segment: Segment | None = None
+    job: Job | None = None
+    readers: int = 0
+    used: int = 0
+
+    def reads(self, length: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of the first `length` tokens, `[layers, heads, length, dim]`, wherever they are now."""
+        job = self.job
+        if job is not None and job.slab is not None:
+            slab, slot = job.slab, job.slot
+            keys, values = slab.keys[:, slot], slab.values[:, slot]
+            return keys[:, :, job.head : job.head + length], values[:, :, job.head : job.head + length]
+        assert self.segment is not None
+        return self.segment.keys[:, :, :length], self.segment.values[:, :, :length]
+
+    def reserve(self, memory: Memory, length: int) -> Segment:
+        """The segment, with room for `length` tokens at least and all known ones if it has to be made or grown."""
+        if self.segment is None:
+            self.segment = Segment(memory, len(self.tokens))
+        elif self.segment.capacity < length:
+            self.segment.grow(len(self.tokens), self.computed)
+        return self.segment
+
+    @property
+    def done(self) -> int:
+        """Tokens with keys and values, in a slot or sealed."""
+        return self.job.fed if self.job is not None and self.job.slab is not None else self.computed
+
+
+Context = list[tuple[NodeState, int]]
+"""What a token attends to, in topological order: nodes and how many of their tokens."""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One graph on the engine, until it is released.
+
+    Attributes:
+        graph: kept, so that no other graph can get its identity.
+        nodes: by id.
+    """
+
+    graph: ThreadGraph
+    nodes: dict[int, NodeState] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """What an event loop tells the worker about one node."""
+
+    id: int
+    start: int
+    view: View
+    tokens: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One generation.
+
+    Attributes:
+        graph, node: the run and the node to fill.
+        nodes: the context's nodes that the worker may not know yet, and the node itself (last).
+        view: what the node's first token attends to besides itself.
+        before: `(node id, index)` of the token that predicts the node's first one; None when nothing does.
+        sampling: how to draw.
+        key: of the noise, see `sampler.noise_key`.
+        limit: most tokens to sample, by the request or the room in the context.
+        ends: token ids that end the generation, to `(matched, eos)`.
+        endings: tokens that can complete a stop string; None without stop strings.
+        stream, loop: where the deltas go.
+        chunk: wake the reader every so many tokens.
+        detokenizer, finder: text and stop strings.
+        state, context: the node and the view, once the worker has seen the job.
+        slab, slot, head: where its keys and values grow, and how many tokens of context were copied in front of them.
+        inplace: context read where it is, `(state, tokens)`; the rest is in the head.
+        forced: tokens of the node that were there before the generation.
+        fed: how many of the node's tokens have keys and values in the slot.
+        sampled: how many tokens were drawn; `sent` of them have been delivered, `shown` were decoded.
+        piece: text not delivered yet.
+        logprobs, top: of the tokens not delivered yet.
+        cached: context tokens that were on the engine when the job came.
+        done: it has ended; nothing more may be sent.
+    """
+
+    graph: ThreadGraph
+    nodes: list[Snapshot]
+    view: View
+    before: tuple[int, int] | None
+    sampling: Sampling
+    key: int
+    limit: int
+    ends: Mapping[int, tuple[str | int | None, bool]]
+    endings: Endings | None
+    stream: Stream
+    loop: asyncio.AbstractEventLoop
+    chunk: int
+    detokenizer: Detokenizer
+    finder: Finder | None
+    state: NodeState = field(init=False)
+    context: Context = field(default_factory=list)
+    slab: Slab | None = None
+    slot: int = 0
+    head: int = 0
+    inplace: list[tuple[NodeState, int]] = field(default_factory=list)
+    forced: int = 0
+    fed: int = 0
+    sampled: int = 0
+    sent: int = 0
+    shown: int = 0
+    piece: str = ""
+    logprobs: list[float] = field(default_factory=list)
+    top: list[Mapping[int, float]] = field(default_factory=list)
+    cached: int = 0
+    done: bool = False
+
+    def accept(self, token: int, logprob: float, top: Mapping[int, float] | None) -> Delta | None:
+        """Take a drawn token; returns the delta to deliver when a chunk is full or the generation ends."""
+        self.state.tokens.append(token)
+        self.sampled += 1
+        self.logprobs.append(logprob)
+        if top is not None and self.sampling.top_logprobs:
+            self.top.append(top)
+        end = self.ends.get(token)
+        if end is not None:
+            return self.finish("stop", *end)
+        if self.endings is not None and token in self.endings:
+            matched = self._show()
+            if matched is not None:
+                return self.finish("stop", matched)
+        if self.sampled == self.limit:
+            return self.finish("length")
+        if self.sampled - self.sent < self.chunk:
+            return None
+        matched = self._show()
+        return self._delta() if matched is None else self.finish("stop", matched)
+
+    def finish(self, reason: str | None, matched: str | int | None = None, eos: bool = False) -> Delta:
+        """The last delta: everything that is left."""
+        self.done = True
+        self._show(last=True, drop=int(eos))
+        return self._delta(reason, matched, eos)
+
+    def _show(self, last: bool = False, drop: int = 0) -> str | None:
+        """Decode what is pending; returns the stop string that it completes."""
+        ids = self.state.tokens[self.forced + self.shown : self.forced + self.sampled - drop]
+        self.shown = self.sampled
+        text = self.detokenizer.push(ids, last)
+        self.piece += text
+        return self.finder.feed(text) if self.finder is not None and text else None
+
+    def _delta(self, reason: str | None = None, matched: str | int | None = None, eos: bool = False) -> Delta:
+        tokens = self.state.tokens[self.forced + self.sent : self.forced + self.sampled]
+        delta = Delta(tokens, len(tokens), self.piece, self.logprobs, self.top, reason, matched, eos, self.cached)
+        self.sent, self.piece, self.logprobs, self.top, self.cached = self.sampled, "", [], [], 0
+        return delta
+
+
+@dataclass(slots=True, eq=False)
+class Score:
+    """Log-probabilities of one node's tokens, computed in a scratch segment that nobody else reads.
+
+    Attributes:
+        graph, nodes, view, before, context: as in `Job`.
+        future: gets the result.
+        tokens, start: of the node.
+        segment: scratch.
+        fed: tokens done.
+        result: log-probabilities so far.
+    """
+
+    graph: ThreadGraph
+    nodes: list[Snapshot]
+    view: View
+    before: tuple[int, int] | None
+    tokens: list[int]
+    start: int
+    future: Future[list[float]]
+    context: Context = field(default_factory=list)
+    segment: Segment | None = None
+    fed: int = 0
+    result: list[float] = field(default_factory=list)

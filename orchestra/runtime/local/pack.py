@@ -1,0 +1,155 @@
+"""Building one step: the packed row of tokens, and the plan of who reads what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from orchestra.runtime.attention.kernels import Kernel
+from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails, Write
+from orchestra.runtime.local.jobs import Context, Job, NodeState, Score
+from orchestra.runtime.local.segments import Memory, Slab
+
+Ints = npt.NDArray[np.int64]
+
+
+class Pack:
+    """A step under construction. Slots come first, one row each, in slot order; then everything else.
+
+    Attributes:
+        rows: packed tokens so far.
+        budget: prefill tokens that this step may still take.
+        slots: each slab in use with its first row and the tokens that each of its slots feeds.
+        filled: how many tokens of a sealed node this step computes, and the first of their rows.
+        computed: positions whose keys and values this step computes (echoes are not); `scratch` of them are not kept.
+    """
+
+    def __init__(self, memory: Memory, kernel: Kernel, budget: int) -> None:
+        self.memory = memory
+        self.rows = 0
+        self.budget = budget
+        self.slots: list[tuple[Slab, int, Ints]] = []
+        self.filled: dict[NodeState, tuple[int, int]] = {}
+        self.computed = self.scratch = 0
+        self.plan = Plan(0, kernel=kernel)
+        self._tokens: list[Ints] = []
+        self._positions: list[Ints] = []
+        self._echoes: dict[tuple[NodeState, int], int] = {}
+        self._groups: dict[tuple[NodeState, int], list[int]] = {}
+
+    def read(self, state: NodeState, length: int, rows: Iterable[int]) -> None:
+        """Rows that read the first `length` tokens of a node where they are."""
+        self._groups.setdefault((state, length), []).extend(rows)
+
+    def add(self, tokens: Ints, positions: Ints) -> range:
+        """Append rows; returns their numbers."""
+        start, self.rows = self.rows, self.rows + len(tokens)
+        self._tokens.append(tokens)
+        self._positions.append(positions)
+        return range(start, self.rows)
+
+    def add_slab(self, slab: Slab) -> None:
+        """One row for each slot in use. To be called before anything else is added."""
+        n = len(slab.jobs)
+        rows = self.add(slab.token[:n], slab.position[:n])
+        self.slots.append((slab, rows.start, np.ones(n, np.int64)))
+        self.computed += n
+
+    def add_forced(self, job: Job, fed: Ints) -> bool:
+        """Feed forced tokens to a slot: the last goes into the slot's own row, those before it become a chunk.
+
+        Returns:
+            Whether all forced tokens are fed now, so that the slot's row predicts a sampled token.
+        """
+        slab, slot = job.slab, job.slot
+        assert slab is not None
+        take = max(1, min(self.budget, job.forced - job.fed))
+        self.budget -= take
+        fed[slot] = take
+        first = job.state.start + job.fed
+        slab.token[slot] = job.state.tokens[job.fed + take - 1]
+        slab.position[slot] = first + take - 1
+        if take > 1:
+            tokens = np.array(job.state.tokens[job.fed : job.fed + take - 1])
+            rows = self.add(tokens, np.arange(first, first + take - 1))
+            used = int(slab.used[slot])
+            self._chunk(rows, slab.keys[:, slot], slab.values[:, slot], used)
+            for state, length in job.inplace:
+                self.read(state, length, rows)
+        return job.fed + take == job.forced
+
+    def add_fill(self, state: NodeState, context: Context, take: int) -> None:
+        """Compute the next `take` tokens of a node that no generation fills."""
+        a = state.computed
+        tokens = np.array(state.tokens[a : a + take])
+        rows = self.add(tokens, np.arange(state.start + a, state.start + a + take))
+        segment = state.reserve(self.memory, a + take)
+        self._chunk(rows, segment.keys, segment.values, a)
+        for other, length in context:
+            self.read(other, length, rows)
+        self.filled[state] = (take, rows.start)
+        self.budget -= take
+
+    def add_score(self, score: Score) -> range:
+        """Compute the next tokens of a scoring in its scratch segment; returns their rows."""
+        segment, a = score.segment, score.fed
+        assert segment is not None
+        take = min(self.budget, len(score.tokens) - a)
+        rows = self.add(np.array(score.tokens[a : a + take]), np.arange(score.start + a, score.start + a + take))
+        self._chunk(rows, segment.keys, segment.values, a)
+        for state, length in score.context:
+            self.read(state, length, rows)
+        self.scratch += take
+        self.budget -= take
+        return rows
+
+    def row_of(self, state: NodeState, index: int, context: Context) -> int:
+        """The row whose logits follow token `index` of a node: one of this step, else an echo that writes nothing.
+
+        Args:
+            state: the node.
+            index: of the token in it.
+            context: what it sees, itself included.
+        """
+        take, first = self.filled.get(state, (0, 0))
+        if state.computed <= index < state.computed + take:
+            return first + index - state.computed
+        row = self._echoes.get((state, index))
+        if row is None:
+            rows = self.add(np.array([state.tokens[index]]), np.array([state.start + index]))
+            for other, length in context:
+                self.read(other, length, rows)
+            row = self._echoes[state, index] = rows.start
+        return row
+
+    def groups(self) -> list[Shared]:
+        """The shared reads, one for each segment and length."""
+        found = []
+        for (state, length), rows in self._groups.items():
+            keys, values = state.reads(length)
+            index = torch.tensor(rows, device=self.memory.device)
+            found.append(Shared(index, keys, values))
+        return found
+
+    def finish(self, shared: list[Shared]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Complete the plan; returns tokens and positions, `[rows]` each."""
+        device = self.memory.device
+        for slab, start, fed in self.slots:
+            used = slab.used[: len(fed)] + fed
+            tails = Tails.over(start, slab.keys, slab.values, torch.from_numpy(used).to(device), int(used.max()))
+            self.plan.tails.append(tails)
+        self.plan.rows = self.rows
+        self.plan.shared = shared
+        tokens = torch.from_numpy(np.concatenate(self._tokens)).to(device)
+        return tokens, torch.from_numpy(np.concatenate(self._positions)).to(device)
+
+    def _chunk(self, rows: range, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
+        """Rows that write to, and read, `keys` and `values` `[layers, heads, capacity, dim]` after `used` tokens."""
+        a, b = rows.start, rows.stop
+        end = used + b - a
+        self.plan.writes.append(Write(a, b, keys[:, :, used:end], values[:, :, used:end]))
+        self.plan.chunks.append(Chunk.over(a, b, keys[:, :, :end], values[:, :, :end]))
+        self.computed += b - a

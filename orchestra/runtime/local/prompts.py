@@ -1,0 +1,92 @@
+"""From text and messages to token ids, and what is refused on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestra.errors import PromptError
+from orchestra.graph import Span
+from orchestra.runtime.engine import Prompt
+from orchestra.runtime.local.model import LoadedModel
+
+OTHERS = "other engines: local:PATH_OR_ID, sglang://HOST:PORT, openai://HOST:PORT/v1?model=NAME"
+
+
+class Prompts:
+    """Encodes for one model.
+
+    Args:
+        model: whose tokenizer to use.
+        hint: appended to the error for words outside the vocabulary.
+
+    Attributes:
+        special: text of special tokens to their ids; `decode` skips them.
+    """
+
+    def __init__(self, model: LoadedModel, hint: str = "") -> None:
+        self._tokenizer = model.tokenizer
+        self._context = model.context
+        self._hint = f" ({hint})" if hint else ""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._backend = backend if hasattr(backend, "decode") else None
+        ids, texts = self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens
+        self.special: dict[str, int] = dict(zip(texts, ids, strict=True))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens skipped, nothing cleaned up."""
+        if self._backend is not None:  # the Python layer above it costs ten times as much
+            text: str = self._backend.decode(ids, skip_special_tokens=True)
+        else:
+            text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def prompt(self, prompt: Prompt, **template: Any) -> Span:
+        """A prompt; see `Engine.encode_prompt`."""
+        if isinstance(prompt, str):
+            text, ids = prompt, self._ids(prompt, True)
+            self._refuse_empty(text)
+        else:
+            messages = [dict(message) for message in prompt]
+            if not any(str(message.get("content") or "").strip() for message in messages):
+                raise PromptError("the prompt is empty: no message has any text")
+            if getattr(self._tokenizer, "chat_template", None):
+                try:
+                    options = {"add_generation_prompt": True, **template}
+                    text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+                except Exception as error:
+                    raise PromptError(f"the model's chat template refuses these messages: {error}") from error
+                ids = self._ids(text, False)  # the template writes its own special tokens
+            elif len(messages) == 1 and messages[0].get("role") == "user":
+                text = str(messages[0]["content"])
+                ids = self._ids(text, True)
+            else:
+                raise PromptError(
+                    "this model has no chat template: give it text or a single user message, "
+                    f"not {len(messages)} message(s) with roles {', '.join(str(m.get('role')) for m in messages)}"
+                )
+        self._refuse_unknown(text, ids)
+        if len(ids) > self._context:
+            raise PromptError(f"the prompt has {len(ids)} tokens; the model's context is {self._context}")
+        return Span("prompt", ids, len(ids), text)
+
+    def forced(self, text: str) -> Span:
+        """Text that the orchestrator writes; see `Engine.encode`."""
+        ids = self._ids(text, False) if text else []
+        return Span("forced", ids, len(ids), text)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+        return ids
+
+    def _refuse_empty(self, text: str) -> None:
+        if not text.strip():
+            raise PromptError("the prompt is empty")
+
+    def _refuse_unknown(self, text: str, ids: list[int]) -> None:
+        unknown = self._tokenizer.unk_token_id
+        if unknown is None or unknown not in ids:
+            return
+        words = [word for word in dict.fromkeys(text.split()) if unknown in self._ids(word, False)]
+        shown = ", ".join(repr(word) for word in words[:5]) or "some characters"
+        more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+        raise PromptError(f"outside this model's vocabulary: {shown}{more}{self._hint}; {OTHERS}")

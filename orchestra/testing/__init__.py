@@ -1,0 +1,37 @@
+"""Laws and instruments for engines and strategies: what our own tests use, for anyone to use on theirs.
+
+Torch is loaded only by the laws that compute with it.
+"""
+
+from __future__ import annotations
+
+from orchestra.testing.graphs import Played, Step, play, random_graph, random_program
+from orchestra.testing.laws import (
+    CLOSE_CALL,
+    LOGIT_TOLERANCE,
+    check_conservation,
+    check_greedy,
+    check_no_leak,
+    check_parity,
+    check_schedule_invariance,
+)
+from orchestra.testing.losslessness import ATTENTION_TOLERANCE, check_losslessness
+from orchestra.testing.scripted import ScriptedEngine
+
+__all__ = [
+    "ATTENTION_TOLERANCE",
+    "CLOSE_CALL",
+    "LOGIT_TOLERANCE",
+    "Played",
+    "ScriptedEngine",
+    "Step",
+    "check_conservation",
+    "check_greedy",
+    "check_losslessness",
+    "check_no_leak",
+    "check_parity",
+    "check_schedule_invariance",
+    "play",
+    "random_graph",
+    "random_program",
+]

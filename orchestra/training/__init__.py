@@ -1,0 +1,1 @@
+"""Demonstrations and training. Importing this package loads neither torch nor transformers."""

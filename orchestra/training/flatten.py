@@ -1,0 +1,118 @@
+"""`flatten(graph)`: the thread graph as one training row.
+
+Nodes stand in the row in the order of the graph. The first token of a node is predicted by the last token of its
+context parent; where that token does not stand right before it, an *echo* of it does: same id, position and view, seen
+by nobody. So the ordinary label shift of any trainer is right for every token that something predicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from orchestra.errors import UsageError
+from orchestra.graph import ThreadGraph
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Row:
+    """One training row; all lists have an entry per token.
+
+    Attributes:
+        tokens: ids.
+        positions: positions along the token's own path; siblings share them.
+        nodes: the node a token belongs to; an echo has the node of the token that it repeats.
+        indices: the token's index in its node.
+        echoes: True for echoes.
+        weights: loss weight of *predicting* the token (from the entry right before it). The weight of its span for
+            sampled tokens; 0 for prompts, for what the orchestrator forced, and for echoes. A demonstration marks what
+            it teaches as sampled.
+        predecessors: the entry whose logits predict the token: always the one before it, or None for echoes and for
+            what nothing predicts (the first token of a root or of a reuse join).
+        views: for each node, how many tokens of each other node its tokens attend to. With `indices` and `echoes` this
+            is the whole mask: entry i sees entry j if j is no echo and either both are of one node and j's index is
+            not larger, or j's index is smaller than `views[node of i][node of j]`.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    echoes: list[bool] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    predecessors: list[int | None] = field(default_factory=list)
+    views: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sees(self, i: int, j: int) -> bool:
+        """Whether entry i attends to entry j."""
+        if self.echoes[j]:
+            return False
+        if self.nodes[i] == self.nodes[j]:
+            return self.indices[j] <= self.indices[i]
+        return self.indices[j] < self.views[self.nodes[i]].get(self.nodes[j], 0)
+
+    def _add(self, token: int, position: int, node: int, index: int, weight: float, predecessor: int | None) -> None:
+        self.tokens.append(token)
+        self.positions.append(position)
+        self.nodes.append(node)
+        self.indices.append(index)
+        self.echoes.append(False)
+        self.weights.append(weight)
+        self.predecessors.append(predecessor)
+
+
+def flatten(graph: ThreadGraph) -> Row:
+    """The whole graph as a training row. Nodes without tokens contribute nothing.
+
+    Raises:
+        UsageError: a span counts tokens whose ids are not known.
+    """
+    row = Row()
+    for node in graph.nodes:
+        tokens = node.tokens
+        if len(tokens) != len(node):
+            raise UsageError(f"node {node.id} has {len(node)} tokens but {len(tokens)} token ids; training needs all")
+        if not tokens:
+            continue
+        row.views[node.id] = graph.view(node.context)
+        weights = [s.weight if s.origin == "sampled" else 0.0 for s in node.spans for _ in range(s.count)]
+        predecessor: int | None = None
+        if len(node.context) == 1:
+            parent, length = node.context[0]
+            if not row.tokens or (row.nodes[-1], row.indices[-1], row.echoes[-1]) != (parent, length - 1, False):
+                _echo(row, graph, parent, length - 1)
+            predecessor = len(row) - 1
+        for index, (token, weight) in enumerate(zip(tokens, weights, strict=True)):
+            if predecessor is None:
+                weight = 0.0
+            row._add(token, node.start + index, node.id, index, weight, predecessor)
+            predecessor = len(row) - 1
+    return row
+
+
+def _echo(row: Row, graph: ThreadGraph, node: int, index: int) -> None:
+    row._add(graph.nodes[node].tokens[index], graph.nodes[node].start + index, node, index, 0.0, None)
+    row.echoes[-1] = True
+
+
+def dense_mask(row: Row) -> Tensor:
+    """The mask as a boolean matrix: `[tokens, tokens]`, True where entry i (first) attends to entry j (second)."""
+    import torch
+
+    ids = {node: i for i, node in enumerate(row.views)}
+    reach = torch.zeros(len(ids), len(ids), dtype=torch.int64)
+    for node, view in row.views.items():
+        for other, length in view.items():
+            if other in ids:
+                reach[ids[node], ids[other]] = length
+    owner = torch.tensor([ids[node] for node in row.nodes], dtype=torch.int64)
+    index = torch.tensor(row.indices, dtype=torch.int64)
+    same = owner.unsqueeze(1) == owner.unsqueeze(0)
+    seen = torch.where(same, index.unsqueeze(0) <= index.unsqueeze(1), index.unsqueeze(0) < reach[owner][:, owner])
+    return seen & ~torch.tensor(row.echoes, dtype=torch.bool).unsqueeze(0)

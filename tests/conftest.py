@@ -1,0 +1,108 @@
+"""Tiny random models on disk, built once a session: nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+
+
+def byte_tokenizer(merges: bool = True) -> Any:
+    """A byte-level BPE with a few merges: characters may span tokens, words may be one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("e", "r"), ("a", "n"), ("Ġ", "a")] if merges else []
+    tokens = [*WORDS, *alphabet, *(a + b for a, b in pairs)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(kind: str = "llama", heads: int = 4, key_heads: int = 2, vocabulary: int = 267, **options: Any) -> Any:
+    """A random decoder of two layers whose greedy text is not constant."""
+    import torch
+    import transformers
+
+    names = {
+        "llama": "Llama",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "mistral": "Mistral",
+        "gemma": "Gemma",
+        "phi3": "Phi3",
+    }
+    if kind in ("mistral", "phi3"):
+        options = {"sliding_window": None, **options}
+    config = getattr(transformers, f"{names[kind]}Config")(
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_heads,
+            "head_dim": 8,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+            **options,
+        }
+    )
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    return model
+
+
+def save_model(folder: Path, kind: str = "llama", **options: Any) -> str:
+    """Write a tiny model with its tokenizer; returns the folder."""
+    tiny_model(kind, **options).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`make_model(kind, **configuration)` gives the folder of a tiny model; each is built once."""
+    made: dict[str, str] = {}
+
+    def make(kind: str = "llama", **options: Any) -> str:
+        key = f"{kind}{sorted(options.items())}"
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp(kind), kind, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_model: Callable[..., str]) -> str:
+    """The folder of a tiny Llama with grouped heads."""
+    return make_model("llama")

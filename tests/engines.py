@@ -1,0 +1,33 @@
+"""What the tests of the in-process engine share."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from orchestra.runtime.engine import Sampling
+from orchestra.runtime.local.engine import LocalEngine
+
+WARM = Sampling(1.0, max_tokens=8, ignore_eos=True)
+
+
+@asynccontextmanager
+async def opened(folder: str, **options):
+    engine = LocalEngine(folder, **options)
+    try:
+        yield await engine.open()
+    finally:
+        await engine.close()
+
+
+async def root(engine, graph, text="the answer is"):
+    return graph.add(spans=[await engine.encode_prompt(text)])
+
+
+async def quiet(engine):
+    """The load once nothing runs any more and the slots are given back (shortly after the last delta)."""
+    last = None
+    while (load := engine.load()).requests or load != last:
+        last = load
+        await asyncio.sleep(0.05)
+    return load

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestra.runtime.attention.kernels import KERNELS, attend, merge
+from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails
+from orchestra.testing import ATTENTION_TOLERANCE, check_losslessness
+
+
+def dense(query, key, value, scale, mask=None):
+    """From the definition, in float64."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(repeat, 1) for x in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * scale
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_kernel_gives_softmax_attention_and_its_normaliser(kernel, heads, key_heads, queries):
+    torch.manual_seed(queries)
+    query = torch.randn(2, queries, heads, 16).transpose(1, 2)  # as a model lays it out: heads not contiguous
+    key, value = (torch.randn(2, key_heads, 60, 16)[:, :, 3:53] for _ in range(2))  # a stretch of an arena
+    mask = torch.zeros(2, 1, 1, 50).masked_fill(torch.arange(50) >= torch.tensor([[[[50]]], [[[7]]]]), -torch.inf)
+    for chosen in (None, mask):
+        out, lse = attend(query, key, value, 0.3, mask=chosen, kernel=kernel)
+        right, normaliser = dense(query, key, value, 0.3, chosen)
+        assert (out - right).abs().max() < ATTENTION_TOLERANCE
+        assert (lse - normaliser).abs().max() < ATTENTION_TOLERANCE
+        assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 33])
+def test_causal_means_that_query_i_sees_keys_to_i(kernel, tokens):
+    query, key, value = (torch.randn(1, 4, tokens, 8) for _ in range(3))
+    mask = torch.full((tokens, tokens), -torch.inf).triu(1)
+    out, _ = attend(query, key, value, 0.5, causal=True, kernel=kernel)
+    assert (out - dense(query, key, value, 0.5, mask)[0]).abs().max() < ATTENTION_TOLERANCE
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_keys_are_the_neutral_element_of_merge(kernel):
+    query, key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    nothing = attend(query, key[:, :, :0], value[:, :, :0], 1.0, kernel=kernel)
+    something = attend(query, key, value, 1.0, kernel=kernel)
+    for parts in ((*nothing, *something), (*something, *nothing)):
+        out, lse = merge(*parts)
+        assert torch.equal(out, something[0])
+        assert torch.allclose(lse, something[1])
+    out, lse = merge(*nothing, *nothing)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.isneginf(lse).all()
+
+
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=4), st.floats(0.1, 30.0), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_merged_parts_are_attention_over_the_whole(lengths, spread, seed):
+    draw = torch.Generator().manual_seed(seed)
+    query = torch.randn(1, 2, 3, 8, generator=draw) * spread
+    key, value = (torch.randn(1, 2, sum(lengths), 8, generator=draw) for _ in range(2))
+    at, out, lse = 0, None, None
+    for n in lengths:
+        part = attend(query, key[:, :, at : at + n], value[:, :, at : at + n], 0.35)
+        out, lse = part if out is None else merge(out, lse, *part)
+        at += n
+    right, normaliser = dense(query, key, value, 0.35)
+    assert (out - right).abs().max() < ATTENTION_TOLERANCE
+    assert ((lse - normaliser) / normaliser.abs().clamp_min(1)).abs().max() < ATTENTION_TOLERANCE
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_losslessness(kernel, grouping):
+    for seed in range(30):
+        check_losslessness(seed, kernel=kernel, grouping=grouping, key_heads=(1, 2, 4)[seed % 3])
+
+
+@pytest.mark.slow
+@given(st.integers(0, 2**31), st.sampled_from(KERNELS), st.booleans(), st.sampled_from([(4, 4), (8, 2), (3, 1)]))
+@settings(max_examples=1000, deadline=None)
+def test_losslessness_at_depth(seed, kernel, grouping, heads):
+    check_losslessness(seed, kernel=kernel, grouping=grouping, heads=heads[0], key_heads=heads[1])
+
+
+def test_bfloat16_is_at_most_twice_as_far_off_as_sdpa():
+    torch.manual_seed(0)
+    heads, key_heads, dim, slots, common = 4, 2, 32, 6, 200
+    lengths = torch.tensor([5, 60, 33, 1, 48, 64])
+    shared = [torch.randn(1, key_heads, common, dim).bfloat16() for _ in range(2)]
+    arena = [torch.randn(1, slots, key_heads, 64, dim).bfloat16() for _ in range(2)]
+    query, key, value = (torch.randn(slots, n, dim).bfloat16() for n in (heads, key_heads, key_heads))
+    plan = Plan(slots)
+    plan.tails.append(Tails.over(0, *arena, lengths, 64))
+    plan.shared.append(Shared(torch.arange(slots), *shared))
+    ours = plan.run(0, query, key, value, dim**-0.5)
+    assert ours.dtype == torch.bfloat16
+    worst_ours, worst_sdpa = [], []
+    for i, n in enumerate(lengths.tolist()):
+        keys, values = (torch.cat([shared[j][0], arena[j][0, i, :, :n]], 1).unsqueeze(0) for j in range(2))
+        right, _ = dense(query[i][None, :, None].float(), keys.float(), values.float(), dim**-0.5)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(query[i][None, :, None], keys, values, enable_gqa=True)
+        worst_sdpa.append((sdpa.double() - right).abs().max())
+        worst_ours.append((ours[i][None, :, None].double() - right).abs().max())
+    assert max(worst_ours) <= 2 * max(worst_sdpa)
+
+
+def test_shared_keys_are_read_once_for_all_readers(monkeypatch):
+    calls = []
+    from orchestra.runtime.attention import plan as module
+
+    def counted(query, key, *rest, **options):
+        calls.append(key.shape)
+        return attend(query, key, *rest, **options)
+
+    monkeypatch.setattr(module, "attend", counted)
+    plan = Plan(8)
+    plan.shared.append(Shared(torch.arange(8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)))
+    plan.run(0, torch.randn(8, 4, 8), torch.randn(8, 2, 8), torch.randn(8, 2, 8), 0.3)
+    assert calls == [(1, 2, 50, 8)]
+
+
+def test_chunk_after_earlier_tokens_sees_them_all():
+    chunk = Chunk.over(0, 3, torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))
+    assert chunk.mask is not None
+    assert (chunk.mask == 0).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
