@@ -231,6 +231,8 @@ class Run:
             node = self.add(context, spans, path, alias)
             self._draw(node)
             limited = replace(sampling, max_tokens=reservation.granted)
+            if self._full(engine, node):
+                return Generated(node, len(node), None, None)
             try:
                 last = await self._sample(engine, node, limited, within)
             finally:
@@ -240,6 +242,17 @@ class Run:
         frontier.set(frozenset((node.id,)))
         cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
         return Generated(node, len(node) - last.eos, last.matched, cut)
+
+    def _full(self, engine: Engine, node: Node) -> bool:
+        """Whether a thread has grown to the end of the context. It ends there, as if it had been sampled that far.
+
+        A prompt that is too long by itself is the caller's mistake, and for the engine to refuse.
+        """
+        limit = engine.context_length
+        if limit is None or node.end < limit or not any(n.count("sampled") for n in self.graph.nodes):
+            return False
+        node.finish_reason = "length"
+        return True
 
     def _draw(self, node: Node) -> None:
         """Claim the randomness at (path, position). Going on twice from one place is a fork in all but name."""

@@ -11,6 +11,7 @@ import pytest
 import orchestra
 from orchestra import Outcome, Thread, ThreadGraph, strategy
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, UsageError
+from orchestra.runtime.engine import Delta, Stream
 from orchestra.testing.scripted import ScriptedEngine, replies, words
 
 
@@ -284,3 +285,32 @@ def test_sync_twin_works_inside_a_running_loop() -> None:
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(OrchestraError, match=message):
         run(lambda t: t.generate(), ScriptedEngine(replies(" x $")), **settings)
+
+
+def test_a_thread_that_fills_the_context_ends_by_length_and_the_run_goes_on() -> None:
+    async def program(thread: Thread) -> Thread:
+        thread = await thread.generate(max_tokens=4)
+        thread = await thread.append(" and a text that goes past the end").generate()
+        assert (thread.finish_reason, thread.sampled_tokens) == ("length", 0)
+        return await thread.append(" more").generate()
+
+    engine = ScriptedEngine(replies(*words(30)))
+    engine.context_length = 12
+    outcome = run(program, engine)
+    assert outcome.finish_reason == "length"
+    assert outcome.text.endswith("past the end more")
+
+
+def test_what_came_before_an_engines_error_is_counted() -> None:
+    async def main() -> list[int]:
+        stream = Stream(lambda: None)
+        stream.push(Delta([1, 2], 2))
+        stream.fail(EngineError("gone"))
+        seen = [delta.count for delta in [await anext(stream)]]
+        with pytest.raises(EngineError, match="gone"):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        return seen
+
+    assert asyncio.run(main()) == [2]

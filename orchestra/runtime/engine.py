@@ -166,11 +166,13 @@ class Stream:
         if self._ended:
             raise StopAsyncIteration
         await self._ready.wait()
-        self._ready.clear()
         delta, self._pending = self._pending, Delta()
         if self._error is not None:
+            if delta.count or delta.text:
+                return delta  # first what came before the error; the next call raises it
             self._ended = True
             raise self._error
+        self._ready.clear()
         self._ended = delta.finish_reason is not None
         return delta
 

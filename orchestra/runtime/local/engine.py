@@ -191,6 +191,7 @@ class LocalEngine(Engine):
             "model": self.source,
             "architecture": config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+            "fingerprint": model.fingerprint(),
             "context_length": model.context,
             "dtype": self.dtype,
             "device": self.device,

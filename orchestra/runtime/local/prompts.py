@@ -72,6 +72,7 @@ class Prompts:
     def forced(self, text: str) -> Span:
         """Text that the orchestrator writes; see `Engine.encode`."""
         ids = self._ids(text, False) if text else []
+        self._refuse_unknown(text, ids)
         return Span("forced", ids, len(ids), text)
 
     def _ids(self, text: str, special: bool) -> list[int]:
