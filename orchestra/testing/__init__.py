@@ -17,6 +17,7 @@ from orchestra.testing.laws import (
 )
 from orchestra.testing.losslessness import ATTENTION_TOLERANCE, check_losslessness
 from orchestra.testing.scripted import ScriptedEngine
+from orchestra.testing.strategies import check_strategy
 
 __all__ = [
     "ATTENTION_TOLERANCE",
@@ -31,6 +32,7 @@ __all__ = [
     "check_no_leak",
     "check_parity",
     "check_schedule_invariance",
+    "check_strategy",
     "play",
     "random_graph",
     "random_program",

@@ -49,7 +49,7 @@ class LocalEngine(Engine):
         dtype: str = "float32",
         device: str = "cpu",
         kernel: str = "auto",
-        max_batch: int = 64,
+        max_batch: int = 128,
         prefill: int = 512,
         memory: int | None = None,
         copy_bytes: int = COPY_BYTES,
