@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from orchestra.answers import Reasoning, split_reasoning
@@ -112,10 +113,12 @@ class Thread:
         texts = [""] * what if isinstance(what, int) else [what] if isinstance(what, str) else what
         if not texts:
             raise UsageError("a fork has at least one branch")
-        base = self._rooted()
+        base = self._rooted
         return Threads(replace(base, path=self._run.fork_path(self.path)).append(text) for text in texts)
 
+    @cached_property
     def _rooted(self) -> Thread:
+        """This thread with its text put into a stem: the same one whoever asks, so that forks and joins share it."""
         if not self._tail:
             return self
         stem = Stem(self._run, (self._stem,), self._tail, self.path, self._alias)
@@ -232,17 +235,17 @@ class Thread:
         if how == "auto":
             reuse = Capability.REUSE_JOIN in self._run.engine_for(self._alias).capabilities and bool(text)
             how = "reuse" if reuse and branches else "recompute"
-        base = self._rooted()
+        base = self._rooted
         seen = "".join(branch.text.removeprefix(self.text) for branch in branches)
         if how == "reuse":
             if not text:
                 raise UsageError("a reuse join needs text: its first token is predicted by no single branch")
-            stems = [branch._rooted()._stem for branch in branches]
+            stems = [branch._rooted._stem for branch in branches]
             stem = Stem(self._run, stems, (), self.path, self._alias)
             return replace(base, _stem=stem, _before=self.text + seen).append(text)
 
         async def copies(here: list[Edge]) -> list[Span]:
-            return [span for branch in branches for span in copy(self._run, await branch._rooted()._stem.edges(), here)]
+            return [span for branch in branches for span in copy(self._run, await branch._rooted._stem.edges(), here)]
 
         return replace(base, _tail=(Later(seen, copies),)).append(text)
 

@@ -103,7 +103,7 @@ def test_wait_edges_follow_the_program_even_through_its_own_gather() -> None:
 
 def test_joins() -> None:
     async def _join(thread: Thread, how: str) -> Thread:
-        base = thread.append(" go").fork(1)[0]
+        base = thread.append(" go")
         branches = await base.fork([" 1:", " 2:"]).generate(max_tokens=2)
         return await base.join(branches, " so", how=how).generate(max_tokens=1)  # type: ignore[arg-type]
 
