@@ -31,7 +31,7 @@ async def branching(thread: Thread, how: str = "reuse") -> Thread:
     (winner,) = await thread.fork(3).race(max_tokens=8, temperature=1.0)
     assert winner.finish_reason == "length"
     base = thread.append("\n step:")  # the same text again: a thread of its own, so nothing of it joins
-    with pytest.raises(orchestra.OrchestraError, match="forked from this one|joins 2 branches by reuse"):
+    with pytest.raises(orchestra.OrchestraError, match=r"forked from this one|joins 2 branches by reuse"):
         await base.join(inner, " none", how="recompute").generate()
     return await inner[0].append("\n answer:").generate(max_tokens=6)
 
