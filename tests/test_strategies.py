@@ -48,15 +48,15 @@ def test_first_finish_votes_over_the_first_k(first: int, answer: str, path: int)
     assert len(outcome.candidates) == first
 
 
-def test_samples_are_drawn_at_temperature_one_unless_somebody_says_otherwise() -> None:
+def test_samples_are_drawn_at_the_usual_temperature_unless_somebody_says_otherwise() -> None:
     for spec, settings, expected in [
         ("sample", {}, 0.0),
         ("sample(temperature=0.3)", {"temperature": 0.7}, 0.3),
         ("sample", {"temperature": 0.7}, 0.7),
-        ("self_consistency(samples=2)", {}, 1.0),
+        ("self_consistency(samples=2)", {}, 0.6),
         ("self_consistency(samples=2)", {"temperature": 0.7}, 0.7),
         ("self_consistency(samples=2, drafts=sample(temperature=0.3))", {"temperature": 0.7}, 0.3),
-        ("self_consistency(samples=2, drafts=spawn_join)", {}, 1.0),
+        ("self_consistency(samples=2, drafts=spawn_join)", {}, 0.6),
     ]:
         engine = ScriptedEngine(replies(" x $"))
         run(spec, replies(), engine=engine, **settings)

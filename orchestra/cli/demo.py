@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from orchestra.evaluation.summary import Summary
 
 _NEXT = """\
-Watch threads grow:  [cyan]orchestra run "numbers: 3 7 8 12 target: 54" -s spawn_join --live[/cyan]
+Watch threads grow:  [cyan]orchestra run "numbers: 3 7 8 12 target: 55" -s spawn_join --live[/cyan]
 Measure with errors: [cyan]orchestra eval countdown --level hard -s "first_finish(samples=8)" --limit 100[/cyan]"""
 
 

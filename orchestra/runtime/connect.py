@@ -21,7 +21,7 @@ ENGINES: dict[str, str] = {
 
 _LATER = ("sglang", "openai", "openais", "replay")
 _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "embedded"
-_EMBEDDED_HINT = "the embedded model speaks Countdown ('numbers: 3 7 8 12 target: 54') and little else"
+_EMBEDDED_HINT = "the embedded model speaks Countdown ('numbers: 3 7 8 12 target: 55') and little else"
 
 
 def open_engine(url: str) -> Engine:

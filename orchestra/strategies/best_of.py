@@ -19,7 +19,7 @@ class BestOf(SamplingStrategy):
         samples: how many.
         scorer: `logprob`: the raw log-probability of the sample; `mean_logprob`: the same per token.
         reward: a function from the response text to a score, instead of `scorer` (Python only; not in specs).
-        drafts: what draws one sample; its temperature is 1 unless it or the run sets another.
+        drafts: what draws one sample; its temperature is 0.6 unless it or the run sets another.
     """
 
     paper = "Cobbe et al. 2021, arXiv 2110.14168"

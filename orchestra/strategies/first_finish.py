@@ -20,7 +20,7 @@ class FirstFinish(SamplingStrategy):
         samples: how many race (N).
         first: how many are waited for (k); with 1 the first to end is the answer.
         by: the clock: `tokens` (sampled along the critical path; independent of the schedule) or `time`.
-        drafts: what draws one sample; its temperature is 1 unless it or the run sets another.
+        drafts: what draws one sample; its temperature is 0.6 unless it or the run sets another.
     """
 
     paper = "Agarwal et al. 2025, arXiv 2505.18149; FFS-k@N: arXiv 2512.02008"

@@ -12,6 +12,8 @@ from orchestra.strategies.sample import Sample
 from orchestra.thread import Thread, Threads
 
 MAX_SAMPLES = 4096  # more than anyone has reported; a typing error should not order a million generations
+DRAFT_TEMPERATURE = 0.6
+"""Of samples that nobody gave one: what First-Finish Search and most reasoning models use."""
 Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 
 
@@ -20,7 +22,7 @@ class SamplingStrategy(Strategy):
 
     Attributes:
         samples: how many.
-        drafts: what draws one sample; its temperature is 1 unless it or the run sets another.
+        drafts: what draws one sample; its temperature is 0.6 unless it or the run sets another.
     """
 
     abstract = True
@@ -30,7 +32,7 @@ class SamplingStrategy(Strategy):
 
     def branches(self, thread: Thread) -> Threads:
         """One fork for each sample."""
-        return thread.using(temperature=1.0).fork(self.samples)
+        return thread.using(temperature=DRAFT_TEMPERATURE).fork(self.samples)
 
     async def draw(self, branch: Thread) -> Candidate:
         """Draw one sample and offer it."""

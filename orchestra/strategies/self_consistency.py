@@ -14,7 +14,7 @@ class SelfConsistency(SamplingStrategy):
 
     Attributes:
         samples: how many.
-        drafts: what draws one sample; its temperature is 1 unless it or the run sets another.
+        drafts: what draws one sample; its temperature is 0.6 unless it or the run sets another.
     """
 
     paper = "Wang et al. 2022, arXiv 2203.11171"
