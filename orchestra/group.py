@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Ended(Generic[T]):
+class Ended(Generic[T]):
     """How a member ended: with a value, or by a budget; and what it came after."""
 
     after: frozenset[int]
@@ -23,12 +23,13 @@ class _Ended(Generic[T]):
     spent: BudgetExceeded | None = None
 
 
-async def _member(work: Coroutine[Any, Any, T]) -> _Ended[T]:
+async def member_of(work: Coroutine[Any, Any, T]) -> Ended[T]:
+    """Run `work` to its end; a budget that ends it is a result, which whoever waits for it raises."""
     try:
         value = await work
     except BudgetExceeded as spent:
-        return _Ended(frontier.get(), [], spent)
-    return _Ended(frontier.get(), [value])
+        return Ended(frontier.get(), [], spent)
+    return Ended(frontier.get(), [value])
 
 
 async def gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -39,7 +40,7 @@ async def gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_member(member)) for member in work]
+            tasks = [group.create_task(member_of(member)) for member in work]
     except BaseExceptionGroup as errors:
         raise first_error(errors) from None
     ended = [task.result() for task in tasks]
@@ -69,7 +70,7 @@ async def race(
         raise UsageError(f"a race of {len(work)} can have 1 to {len(work)} winners, not {first}")
     parent = scope()
     scopes = [Scope(run, parent, offers=parent.offers) for _ in work]
-    ended: dict[int, _Ended[T]] = {}
+    ended: dict[int, Ended[T]] = {}
     changed = asyncio.Event()
     if by == "tokens":  # a member may lose by going on, not only when another ends
         for member_scope in scopes:
@@ -84,7 +85,7 @@ async def race(
 
     async def compete(index: int, member: Coroutine[Any, Any, T]) -> None:
         current_scope.set(scopes[index])
-        ended[index] = await _member(member)
+        ended[index] = await member_of(member)
         changed.set()
 
     try:
@@ -113,7 +114,7 @@ async def race(
 class Future(Awaitable[T], Generic[T]):
     """What `start()` gives: await it for the result."""
 
-    def __init__(self, task: asyncio.Task[tuple[T, frozenset[int]]]) -> None:
+    def __init__(self, task: asyncio.Task[Ended[T]]) -> None:
         self._task = task
 
     def done(self) -> bool:
@@ -125,11 +126,8 @@ class Future(Awaitable[T], Generic[T]):
         self._task.cancel()
 
     def __await__(self) -> Generator[Any, None, T]:
-        result, after = yield from self._task.__await__()
-        frontier.set(frontier.get() | after)
-        return result
-
-
-async def with_frontier(work: Coroutine[Any, Any, T]) -> tuple[T, frozenset[int]]:
-    """The result of `work`, with what comes before whoever awaits it."""
-    return await work, frontier.get()
+        ended = yield from self._task.__await__()
+        frontier.set(frontier.get() | ended.after)
+        if ended.spent is not None:
+            raise ended.spent
+        return ended.value[0]

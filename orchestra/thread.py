@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from orchestra.answers import Reasoning, split_reasoning
 from orchestra.errors import BudgetExceeded, UsageError
 from orchestra.graph import Edge, Node, Span
-from orchestra.group import Future, gather, race, with_frontier
+from orchestra.group import Future, gather, member_of, race
 from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
@@ -261,7 +261,7 @@ class Thread:
         What nobody awaits is cancelled when the run ends.
         """
         work: Coroutine[Any, Any, Any] = self.generate(**sampling) if strategy is None else self.run(strategy)
-        return Future(self._run.start(with_frontier(work)))
+        return Future(self._run.start(member_of(work)))
 
     # -- results -----------------------------------------------------------------------------------------------------
 

@@ -101,3 +101,16 @@ def test_an_inner_critical_path_is_counted_from_where_it_begins() -> None:
 def test_bad_budgets(bad: str) -> None:
     with pytest.raises(orchestra.OrchestraError):
         run("sample", [3], bad)
+
+
+def test_a_budget_that_ends_in_the_background_is_raised_where_it_is_awaited() -> None:
+    @strategy
+    async def ahead(thread: Thread, wait: bool = True) -> Thread:
+        future = thread.fork(1)[0].start()
+        first = await thread.generate(max_tokens=3)
+        return await future if wait else first
+
+    assert run(ahead(), [30], "critical_path_tokens=10").stopped_by == "critical_path_tokens"
+    outcome = run(ahead(wait=False), [3], "critical_path_tokens=2")
+    assert outcome.stopped_by == "critical_path_tokens"
+    assert run(ahead(wait=False), [30], None).stopped_by is None
