@@ -188,7 +188,7 @@ class LocalEngine(Engine):
         config = model.module.config
         return {
             "engine": "local",
-            "model": self.source,
+            "model": self.name.removeprefix("local:"),
             "architecture": config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
             "fingerprint": model.fingerprint(),
