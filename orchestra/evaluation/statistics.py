@@ -59,9 +59,11 @@ class ClusteredMean:
         mean = self._sum / self._count
         if items < 2:
             return Estimate(mean, math.nan)
-        # The sum over items of (total - count * mean)^2, multiplied out.
-        squares = self._sum_sum - 2 * mean * self._sum_count + mean * mean * self._count_count
-        return Estimate(mean, math.sqrt(max(0.0, squares) * items / (items - 1)) / self._count)
+        # The sum over items of (total - count * mean)^2, multiplied out, times the number of samples squared: for
+        # grades of 0 and 1 every term is then a whole number, and nothing is lost when they cancel.
+        n, total = self._count, self._sum
+        squares = n * n * self._sum_sum - 2 * total * n * self._sum_count + total * total * self._count_count
+        return Estimate(mean, math.sqrt(max(0.0, squares) * items / (items - 1)) / (n * n))
 
 
 def clustered_mean(clusters: Clusters) -> Estimate:
