@@ -23,7 +23,7 @@ Measure with errors: [cyan]orchestra eval countdown --level hard -s "first_finis
 
 _ENGINE = "demo?max_batch=256"  # eight samples of many problems at a time fill a larger batch than the default
 
-_MOST_TOKENS = 2048  # of one generation: a search that has lost its way must not hold up the table
+_MOST_TOKENS = 1536  # of one generation: a search that has lost its way must not hold up the table
 
 _LEGEND = (
     "tokens: all that a problem took. critical path: the longest chain of tokens that had to wait for one another, "
@@ -46,11 +46,11 @@ ROWS = (
     Row("small", "spawn_join", 32),
     Row("small", "sample", 32),
     Row("small", "sample", 32, within=True),
-    Row("hard", "spawn_join", 16),
-    Row("hard", "sample", 16),
-    Row("hard", "self_consistency(samples=8)", 16),
-    Row("hard", "first_finish(samples=8)", 16),
-    Row("hard", "best_of(samples=8)", 16),
+    Row("hard", "spawn_join", 12),
+    Row("hard", "sample", 12),
+    Row("hard", "self_consistency(samples=8)", 12),
+    Row("hard", "first_finish(samples=8)", 12),
+    Row("hard", "best_of(samples=8)", 12),
 )
 
 
