@@ -43,14 +43,14 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("small", "spawn_join", 32),
-    Row("small", "sample", 32),
-    Row("small", "sample", 32, within=True),
+    Row("small", "spawn_join", 24),
+    Row("small", "sample", 24),
+    Row("small", "sample", 24, within=True),
     Row("hard", "spawn_join", 12),
     Row("hard", "sample", 12),
-    Row("hard", "self_consistency(samples=8)", 12),
+    Row("hard", "self_consistency(samples=4)", 12),
     Row("hard", "first_finish(samples=8)", 12),
-    Row("hard", "best_of(samples=8)", 12),
+    Row("hard", "best_of(samples=4)", 12),
 )
 
 
