@@ -91,7 +91,7 @@ async def _check_cancel(
     reached = connection.engine.load().sampled_tokens + after
     task = asyncio.create_task(connection.run(strategy, prompt, seed=seed, **settings))
     while not task.done() and connection.engine.load().sampled_tokens < reached:  # noqa: ASYNC110 (no event for it)
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)  # a busy loop would starve an engine that computes in this process
     task.cancel()
     await asyncio.wait([task])
 
