@@ -262,7 +262,7 @@ class Run:
 
     async def _sample(self, engine: Engine, node: Node, sampling: Sampling, within: Scope) -> Delta:
         watched = self.listener is not None or any(owner.on_progress for owner in within.chain)
-        request = Request(self.graph, node, sampling, self.seed, tuple(node.path), 1 if watched else 16)
+        request = Request(self.graph, node, sampling, self.seed, tuple(node.path), 1 if watched else 0)
         node.started = time.monotonic() - self.began
         self._emit("start", node, node.text)
         stream = engine.generate(request)

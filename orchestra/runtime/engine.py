@@ -45,6 +45,7 @@ class Sampling:
         stop: strings that end the generation; the stop string stays in the text.
         stop_ids: token ids that do the same.
         ignore_eos: go on after the model's end-of-sequence token.
+        logprobs: report log-probabilities; engines for which they cost nothing always do.
         top_logprobs: how many alternatives to report per token.
     """
 
@@ -56,6 +57,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
     top_logprobs: int = 0
 
 
@@ -72,7 +74,7 @@ class Request:
         sampling: see `Sampling`.
         seed: the run's seed.
         path: the thread's fork path.
-        chunk: wake the reader every so many tokens (1 for races and live views).
+        chunk: wake the reader every so many tokens (1 for races and live views); 0: nobody looks before the end.
     """
 
     graph: ThreadGraph
@@ -80,7 +82,7 @@ class Request:
     sampling: Sampling
     seed: int = 0
     path: tuple[int, ...] = ()
-    chunk: int = 16
+    chunk: int = 0
 
     @property
     def context(self) -> list[Edge]:
@@ -97,7 +99,8 @@ class Delta:
         count: number of sampled tokens.
         text: their text. Held back while a character is incomplete.
         logprobs: raw log-probabilities of the sampled tokens (nats, temperature 1, nothing truncated).
-        top: per token the alternatives `{id: logprob}`, when asked for.
+        tempered: the same under softmax(logits / temperature), where the engine knows it; nothing truncated.
+        top: per token the alternatives `{id: raw logprob}`, when asked for.
         finish_reason: set on the last delta: `stop`, `length` or `cancelled`.
         matched: the stop string or id that ended it; None for end-of-sequence.
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
@@ -108,6 +111,7 @@ class Delta:
     count: int = 0
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
+    tempered: list[float] = field(default_factory=list)
     top: list[Mapping[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     matched: str | int | None = None
@@ -120,6 +124,7 @@ class Delta:
         self.count += later.count
         self.text += later.text
         self.logprobs += later.logprobs
+        self.tempered += later.tempered
         self.top += later.top
         self.finish_reason = later.finish_reason
         self.matched = later.matched
@@ -146,7 +151,7 @@ class Stream:
     def push(self, delta: Delta) -> None:
         """Engine side: add a delta; the reader wakes when a chunk is full or the generation has ended."""
         self._pending.merge(delta)
-        if self._pending.count >= self._chunk or delta.finish_reason:
+        if delta.finish_reason or 0 < self._chunk <= self._pending.count:
             self._ready.set()
 
     def fail(self, error: BaseException) -> None:
@@ -235,6 +240,10 @@ class Engine(abc.ABC):
 
         The stream may raise `PromptError` (context longer than the model's) and `EngineError`.
         """
+
+    def generate_group(self, requests: Sequence[Request]) -> list[Stream]:
+        """Start generations that differ in nothing but their node and path; engines may serve them together."""
+        return [self.generate(request) for request in requests]
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """Log-probability (nats) of every token of `node` in its context; 0 for a root's first token.
