@@ -99,24 +99,24 @@ class Delta:
         count: number of sampled tokens.
         text: their text. Held back while a character is incomplete.
         logprobs: raw log-probabilities of the sampled tokens (nats, temperature 1, nothing truncated).
-        tempered: the same under softmax(logits / temperature), where the engine knows it; nothing truncated.
         top: per token the alternatives `{id: raw logprob}`, when asked for.
         finish_reason: set on the last delta: `stop`, `length` or `cancelled`.
         matched: the stop string or id that ended it; None for end-of-sequence.
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
+        tempered: `logprobs` under softmax(logits / temperature) instead, where the engine knows it.
     """
 
     tokens: list[int] = field(default_factory=list)
     count: int = 0
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
-    tempered: list[float] = field(default_factory=list)
     top: list[Mapping[int, float]] = field(default_factory=list)
     finish_reason: str | None = None
     matched: str | int | None = None
     eos: bool = False
     cached_tokens: int = 0
+    tempered: list[float] = field(default_factory=list)
 
     def merge(self, later: Delta) -> None:
         """Append `later` in place."""

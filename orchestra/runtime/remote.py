@@ -250,6 +250,7 @@ class RemoteEngine(Engine):
             live = live[:1]
         call.samples = live
         for sample in live:
+            sample.resumed = sample.count > 0
             if sample.count and not self._resumable(sample):
                 raise EngineError(
                     f"{self.name}: the connection broke after {sample.count} tokens, and this server cannot go on "

@@ -12,21 +12,22 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Sampling
+from orchestra.runtime.engine import Capability, Delta, Prompt, Request
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
-from orchestra.runtime.tokens import LocalTokens, ServerTokens, Tokens
+from orchestra.runtime.sglang_wire import Reading, alternatives, settings
+from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
 
 QUIET_INTERVAL = 256  # tokens between signs of life of a generation that nobody watches
 _WATCHED_CHUNKS = 256  # most chunks of a cumulative stream: its bytes grow with tokens x chunks
-_LARGE_ID = 2**31 - 1
+_NO_LIMIT = 2**31 - 1
+_NEIGHBOURS = 8  # ids before a text that may change how its first characters are decoded
 
 
 class SGLangEngine(RemoteEngine):
@@ -64,10 +65,8 @@ class SGLangEngine(RemoteEngine):
         self._tokenizer = tokenizer
         self._incremental = False
         self._facts: dict[str, Any] = {}
-        self._vocabulary: int | None = None
-        self._highest = -1  # token id known to be in the vocabulary
+        self._contexts = Contexts(name, server)
         self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
-        self._contexts: dict[int, dict[tuple[int, int], tuple[str, int]]] = {}  # by graph, then by edge
 
     # -- meeting the server ------------------------------------------------------------------------------------------
 
@@ -91,7 +90,7 @@ class SGLangEngine(RemoteEngine):
         self._incremental = bool(state.get("incremental_streaming_output"))
         if self._tokenizer:
             require("transformers", what="a tokenizer in this process", extra="local")
-            self._tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _LARGE_ID)
+            self._tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _NO_LIMIT)
         self._facts = {
             "engine": "sglang",
             "model": re.sub(r"^.*/(?=.)", "", str(chosen["id"])) if str(chosen["id"]).startswith("/") else chosen["id"],
@@ -137,75 +136,30 @@ class SGLangEngine(RemoteEngine):
             span: Span = await work
         except Refused as refusal:
             raise PromptError(f"{self.name} refuses the prompt: {refusal}") from refusal
-        self._highest = max(self._highest, max(span.tokens, default=-1))
+        self._contexts.saw(span.tokens)
         if limit is not None and span.count > limit:
             raise PromptError(f"the prompt has {span.count} tokens; {self.name} has room for {limit}")
         return span
 
-    def _context(self, graph: ThreadGraph, node: Node) -> tuple[str, int]:
-        """Token ids before the sampled ones, as the inside of a JSON list, and their number. Kept for forks."""
-        if not node.context:
-            return _listed(node.tokens), len(node.tokens)
-        edge = node.context[0]
-        known = self._contexts.setdefault(id(graph), {})
-        before = known.get(edge)
-        if before is None:
-            if any(len(graph.nodes[n].tokens) < length for n, length in graph.lineage(*edge)):
-                raise EngineError(
-                    f"{self.name} needs the token ids of the whole context; another engine wrote part of it"
-                )
-            ids = graph.path_tokens(*edge)
-            self._check_ids(ids)
-            before = known[edge] = (_listed(ids), len(ids))
-        own = node.tokens
-        if not own:
-            return before
-        self._check_ids(own)
-        return f"{before[0]},{_listed(own)}" if before[0] else _listed(own), before[1] + len(own)
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        """Refuse ids outside the vocabulary: they end an SGLang server."""
-        if ids and self._vocabulary is not None and not (min(ids) >= 0 and max(ids) < self._vocabulary):
-            wrong = next(i for i in ids if not 0 <= i < self._vocabulary)
-            raise PromptError(f"token id {wrong} is not in the vocabulary of {self.name}: 0..{self._vocabulary - 1}")
-
-    async def _learn_vocabulary(self, ids: Iterable[int]) -> None:
-        """Ask for the size of the vocabulary before ids are used that neither tokenizer nor server has given us."""
-        if self._vocabulary is not None or max(ids, default=-1) <= self._highest:
-            return
-        probe = {
-            "input_ids": [0],
-            "return_logprob": True,
-            "token_ids_logprob": [_LARGE_ID],
-            "sampling_params": {"max_new_tokens": 1},
-        }
-        try:
-            await self.server.insist(lambda: self.server.ask("POST", "/generate", probe))
-        except Refused as refusal:  # it names the valid range
-            if found := re.search(r"\[0, (\d+)\)", str(refusal)):
-                self._vocabulary = int(found[1])
-        if self._vocabulary is None:
-            self._vocabulary = _LARGE_ID  # a server that does not say it checks them itself, or nobody can
-
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""
         await super().release(graph)
-        self._contexts.pop(id(graph), None)
+        self._contexts.forget(graph)
 
     # -- generation --------------------------------------------------------------------------------------------------
 
     async def _try(self, call: Call) -> None:
         request = call.samples[0].request
-        await self._learn_vocabulary(request.node.tokens)
         sampling = request.sampling
         wants_raw = (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
         if wants_raw and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
-        call.state = _Reading(call.samples)
+        body = await self._body(call)
+        reading = call.state = Reading(call.samples, self._incremental)
         try:
-            async with self.server.request("POST", "/generate", self._body(call)) as response:
+            async with self.server.request("POST", "/generate", body) as response:
                 async for batch in events(response):
-                    for sample, delta in self._read(call, batch):
+                    for sample, delta in reading.read(batch):
                         if sample.resumed:
                             await self._retell(sample, delta)
                         if wants_raw and self._tempered:
@@ -217,112 +171,36 @@ class SGLangEngine(RemoteEngine):
             for sample in call.live:
                 self._keep(call, sample)
 
-    def _resumable(self, sample: Sample) -> bool:
-        return True
-
-    def _body(self, call: Call) -> bytes:
+    async def _body(self, call: Call) -> bytes:
         request = call.samples[0].request
         sampling = request.sampling
-        listed, count = self._context(request.graph, request.node)
+        ids, count = await self._contexts.before(request.graph, request.node)
         if not count:
             raise PromptError("nothing to go on from: the prompt is empty")
-        room = _LARGE_ID if self.context_length is None else self.context_length - count
+        room = _NO_LIMIT if self.context_length is None else self.context_length - count
         if room < 1:
-            raise PromptError(
-                f"the prompt has {count} tokens; with the answer, {self.name} has room for {self.context_length}"
-            )
-        done = call.samples[0].tokens
-        most = min(sampling.max_tokens or room, room) - len(done)
-        if done:  # a broken stream goes on where it stopped
-            listed = f"{listed},{_listed(done)}"
+            limit = self.context_length
+            raise PromptError(f"the prompt has {count} tokens; with the answer, {self.name} has room for {limit}")
+        most = min(sampling.max_tokens or room, room)
+        if done := call.samples[0].tokens:  # a broken stream goes on where it stopped
+            ids, most = f"{ids},{listed(done)}", most - len(done)
         if request.chunk == 0:
             interval = QUIET_INTERVAL
         else:
-            fit = 1 if self._incremental else most // _WATCHED_CHUNKS
-            interval = self._interval or max(request.chunk, fit)
-        n = len(call.samples)
+            interval = self._interval or max(request.chunk, 1 if self._incremental else most // _WATCHED_CHUNKS)
         return (
-            f'{{"rid":"{call.rid}","input_ids":[{listed}],"stream":true,{_settings(sampling)}'
-            f'"max_new_tokens":{most},"stream_interval":{interval},"n":{n}}}}}'
+            f'{{"rid":"{call.rid}","input_ids":[{ids}],"stream":true,{settings(sampling)}'
+            f'"max_new_tokens":{most},"stream_interval":{interval},"n":{len(call.samples)}}}}}'
         ).encode()
 
-    def _read(self, call: Call, batch: list[bytes]) -> Iterable[tuple[Sample, Delta]]:
-        """What a batch of events adds, sample by sample."""
-        reading: _Reading = call.state
-        if not self._incremental:
-            # Streams are cumulative: only the last event of each sample counts, and if nobody watches, only the end.
-            latest: dict[int, bytes] = {}
-            for event in batch:
-                index = _index(event) if len(call.samples) > 1 else 0
-                latest[index] = event
-                if call.samples[0].request.chunk == 0 and _UNFINISHED in event:
-                    reading.unread[index] = latest.pop(index)
-            pairs: Iterable[tuple[int, bytes]] = latest.items()
-        else:
-            pairs = ((_index(event) if len(call.samples) > 1 else 0, event) for event in batch)
-        for index, event in pairs:
-            if not 0 <= index < len(call.samples):
-                raise Fault(f"it sent sample {index} of {len(call.samples)}")
-            sample = call.samples[index]
-            if not sample.ended:
-                reading.unread.pop(index, None)
-                yield sample, self._delta(call, index, decode(event))
-
-    def _delta(self, call: Call, index: int, event: Any) -> Delta:
-        """What an event adds to what came before it in this try."""
-        if isinstance(event, dict) and "error" in event:
-            _raise(event["error"])
-        reading: _Reading = call.state
-        sample = call.samples[index]
-        try:
-            meta, ids, text = event["meta_info"], event["output_ids"], event["text"]
-            reason, count = meta["finish_reason"], meta["completion_tokens"]
-            seen, shown = reading.seen[index], reading.shown[index]
-            cumulative = len(ids) == count
-            delta = Delta(ids[seen:] if cumulative else ids, count - seen, text[shown:] if cumulative else text)
-            reading.seen[index] = count
-            reading.shown[index] = len(text) if cumulative else shown + len(text)
-            if len(delta.tokens) != delta.count or not isinstance(delta.text, str):
-                raise ValueError
-            if "output_token_logprobs" in meta:
-                _add_logprobs(delta, meta, sample.request.sampling)
-            if not sample.count and not seen:
-                delta.cached_tokens = meta.get("cached_tokens") or 0
-            if reason is not None:
-                self._finish(sample, delta, reason)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise Fault(f"it sent an answer of another shape: {str(event)[:80]}") from error
-        return delta
-
-    def _finish(self, sample: Sample, delta: Delta, reason: Mapping[str, Any]) -> None:
-        """Set why it ended.
-
-        Raises:
-            Fault: the server ended it for reasons of its own; what had come is kept.
-        """
-        kind, matched = reason["type"], reason.get("matched")
-        if kind == "abort":
-            if not sample.cancelled:
-                self._give(sample, delta)
-                _raise({"code": reason.get("status_code") or 503, "message": f"aborted: {reason.get('message')}"})
-            kind = "cancelled"
-        elif kind == "stop" and isinstance(matched, int) and matched not in sample.request.sampling.stop_ids:
-            delta.eos, matched = True, None
-        delta.finish_reason = kind
-        delta.matched = matched if kind == "stop" else None
+    def _resumable(self, sample: Sample) -> bool:
+        return True
 
     def _keep(self, call: Call, sample: Sample) -> None:
-        reading: _Reading | None = call.state
-        index = call.samples.index(sample)
-        if reading is None or (event := reading.unread.pop(index, None)) is None:
-            return
-        try:
-            delta = self._delta(call, index, decode(event))
-        except (Fault, OrchestraError):
-            return
-        if sample.resumed:
-            delta.text = ""  # told anew when it goes on
-        if not delta.finish_reason:
+        reading: Reading | None = call.state
+        if reading is not None and (delta := reading.rest(sample)) is not None:
+            if sample.resumed:
+                delta.text = ""  # told anew when it goes on
             self._give(sample, delta)
 
     async def _retell(self, sample: Sample, delta: Delta) -> None:
@@ -331,22 +209,20 @@ class SGLangEngine(RemoteEngine):
         The server sees what came before the break as prompt: it decodes no character across it, and finds no stop.
         """
         request = sample.request
-        before = _last_ids(request, 8)
-        ids = sample.tokens + delta.tokens
-        whole, start = await self._decode([before + ids, before])
+        before = last_ids(request.graph, request.node, _NEIGHBOURS)
+        [whole, start] = await self._decode([before + sample.tokens + delta.tokens, before])
         text = whole[len(start) :]
-        found = [(at + len(stop), stop) for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
-        if found and not (delta.finish_reason == "stop" and delta.matched is not None):
-            stop = min(found)[1]
-            prefixes = [before + ids[: len(sample.tokens) + k] for k in range(1, len(delta.tokens) + 1)]
-            texts = await self._decode(prefixes)
-            keep = next(k for k, part in enumerate(texts, 1) if stop in part[len(start) :])
-            text = texts[keep - 1][len(start) :]
-            delta.tokens, delta.count, delta.logprobs = delta.tokens[:keep], keep, delta.logprobs[:keep]
-            delta.tempered, delta.top = delta.tempered[:keep], delta.top[:keep]
-            delta.finish_reason, delta.matched, delta.eos = "stop", stop, False
+        crossing = [stop for stop in request.sampling.stop if stop in text]
+        if crossing and not (delta.finish_reason == "stop" and delta.matched is not None):
+            prefixes = [before + sample.tokens + delta.tokens[:k] for k in range(1, delta.count + 1)]
+            texts = [part[len(start) :] for part in await self._decode(prefixes)]
+            keep, stop = next((k, stop) for k, part in enumerate(texts, 1) for stop in crossing if stop in part)
+            text = texts[keep - 1]
+            for values in (delta.tokens, delta.logprobs, delta.tempered, delta.top):
+                del values[keep:]
+            delta.count, delta.finish_reason, delta.matched, delta.eos = keep, "stop", stop, False
         if not delta.finish_reason:
-            text = text.rstrip("\ufffd")
+            text = text.rstrip("\ufffd")  # a character that is not complete yet
         delta.text = text[len(sample.text) :]
 
     async def _decode(self, lists: list[list[int]]) -> list[str]:
@@ -356,63 +232,63 @@ class SGLangEngine(RemoteEngine):
 
     async def _reports_tempered(self, request: Request) -> bool:
         """Whether the server reports log-probabilities at the sampling temperature: do they flatten with it?"""
-        listed, _ = self._context(request.graph, request.node)
-        gaps = []
+        ids, _ = await self._contexts.before(request.graph, request.node)
+        gaps: list[float] = []
         for temperature in (1.0, 4.0):
-            body = (
-                f'{{"input_ids":[{listed}],"return_logprob":true,"top_logprobs_num":2,'
+            meta = await self._meta(
+                f'{{"input_ids":[{ids}],"return_logprob":true,"top_logprobs_num":2,'
                 f'"sampling_params":{{"temperature":{temperature},"max_new_tokens":1,"ignore_eos":true}}}}'
             )
-            answer = await self.server.insist(lambda body=body: self._ask_generate(body))
-            first, second = answer["meta_info"]["output_top_logprobs"][0]
-            gaps.append(first[0] - second[0])
+            (first, *_), (second, *_) = meta["output_top_logprobs"][0]
+            gaps.append(first - second)
         return abs(gaps[1] - gaps[0] / 4) < abs(gaps[1] - gaps[0])
-
-    async def _ask_generate(self, body: str) -> Any:
-        async with self.server.request("POST", "/generate", body.encode()) as response:
-            return decode(await response.read())
 
     async def _add_raw(self, sample: Sample, delta: Delta) -> None:
         """Put the model's own log-probabilities, from a scoring pass, where the server reported tempered ones."""
         delta.logprobs, delta.top = [], []
         if delta.finish_reason in ("stop", "length"):
             request = sample.request
-            listed, count = self._context(request.graph, request.node)
-            ids = sample.tokens + delta.tokens
-            scores, delta.top = await self._score(f"{listed},{_listed(ids)}", count, request.sampling.top_logprobs)
-            delta.logprobs = scores
+            ids, count = await self._contexts.before(request.graph, request.node)
+            ids = f"{ids},{listed(sample.tokens + delta.tokens)}"
+            delta.logprobs, delta.top = await self._score(ids, count, request.sampling.top_logprobs)
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """See `Engine.score`."""
         await self.open()
-        await self._learn_vocabulary(node.tokens)
-        listed, count = self._context(graph, node)
-        own = len(node.tokens)
-        if not own:
+        ids, count = await self._contexts.before(graph, node, whole=True)
+        if not len(node):
             return []
         if self.context_length is not None and count > self.context_length:
             raise PromptError(f"{count} tokens to score; {self.name} has room for {self.context_length}")
         async with self.server.gate:
-            scores, _ = await self._score(listed, count - own, 0)
+            scores, _ = await self._score(ids, count - len(node), 0)
         return scores
 
-    async def _score(self, listed: str, start: int, top: int) -> tuple[list[float], list[Mapping[int, float]]]:
+    async def _score(self, ids: str, start: int, top: int) -> tuple[list[float], list[Mapping[int, float]]]:
         """The model's log-probabilities of the tokens from `start` on; 0 for a first token that nothing predicts."""
-        body = (
-            f'{{"input_ids":[{listed}],"return_logprob":true,"logprob_start_len":{max(0, start - 1)},'
+        meta = await self._meta(
+            f'{{"input_ids":[{ids}],"return_logprob":true,"logprob_start_len":{max(0, start - 1)},'
             f'"top_logprobs_num":{top},"sampling_params":{{"temperature":0,"max_new_tokens":0}}}}'
         )
+        skip = 1 if start else 0
+        scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
+        tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
+        return scores, tops
+
+    async def _meta(self, body: str) -> Any:
+        """`meta_info` of a generation that is asked for whole."""
+
+        async def once() -> Any:
+            async with self.server.request("POST", "/generate", body.encode()) as response:
+                answer = decode(await response.read())
+            if not isinstance(answer, dict) or not isinstance(answer.get("meta_info"), dict):
+                raise Fault(f"it sent an answer of another shape: {str(answer)[:80]}")
+            return answer["meta_info"]
+
         try:
-            answer = await self.server.insist(lambda: self._ask_generate(body))
-            meta = answer["meta_info"]
-            skip = 1 if start else 0
-            scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
-            tops = [_alternatives(entries or ()) for entries in (meta.get("input_top_logprobs") or ())[skip:]]
+            return await self.server.insist(once)
         except Refused as refusal:
             raise self._refusal(refusal) from refusal
-        except (KeyError, TypeError, IndexError) as error:
-            raise EngineError(f"{self.name} sent scores of another shape") from error
-        return scores, tops if top else []
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
@@ -427,91 +303,3 @@ class SGLangEngine(RemoteEngine):
         if "context length" in text or "longer than" in text or "vocab" in text:
             return PromptError(f"{self.name}: {text}")
         return super()._refusal(refusal)
-
-
-class _Reading:
-    """Where one try is: per sample, tokens and characters seen, and the last event if nobody has looked at it."""
-
-    __slots__ = ("seen", "shown", "unread")
-
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.seen = [0] * len(samples)
-        self.shown = [0] * len(samples)
-        self.unread: dict[int, bytes] = {}
-        for sample in samples:
-            sample.resumed = sample.count > 0
-
-
-_UNFINISHED = b'"finish_reason":null'
-
-
-def _index(event: bytes) -> int:
-    """Which sample an event is about: `"index":7}` ends it, on all servers seen; else it is looked for properly."""
-    tail = event[event.rfind(b":") + 1 : -1]
-    if tail.isdigit() and event.rfind(b'"index"') >= 0:
-        return int(tail)
-    found = decode(event)
-    if isinstance(found, dict) and "error" in found:
-        _raise(found["error"])
-    try:
-        return int(found["index"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Fault("it sent a sample without its index") from error
-
-
-def _raise(error: Any) -> None:
-    """An error inside a stream, as what it would have been as a status."""
-    code = error.get("code") if isinstance(error, dict) else None
-    message = str(error.get("message") if isinstance(error, dict) else error)
-    if isinstance(code, int) and 400 <= code < 500 and code not in (408, 429):
-        raise Refused(code, " ".join(message.split())[:500])
-    raise Fault(f"error {code}: {message[:200]}")
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return ",".join(map(str, ids))
-
-
-@lru_cache(maxsize=64)
-def _settings(sampling: Sampling) -> str:
-    """The part of a request that is the same for all samples drawn alike; ends inside `sampling_params`."""
-    params: dict[str, Any] = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "ignore_eos": sampling.ignore_eos,
-        "no_stop_trim": True,
-        "skip_special_tokens": True,
-    }
-    if sampling.top_k:
-        params["top_k"] = sampling.top_k
-    if sampling.stop:
-        params["stop"] = list(sampling.stop)
-    if sampling.stop_ids:
-        params["stop_token_ids"] = list(sampling.stop_ids)
-    asked = '"return_logprob":true,' if sampling.logprobs or sampling.top_logprobs else ""
-    asked += f'"top_logprobs_num":{sampling.top_logprobs},' if sampling.top_logprobs else ""
-    return f'{asked}"sampling_params":{json.dumps(params)[:-1]},'
-
-
-def _add_logprobs(delta: Delta, meta: Mapping[str, Any], sampling: Sampling) -> None:
-    """Log-probabilities of the new tokens, as the server reports them."""
-    entries = meta["output_token_logprobs"]
-    delta.logprobs = [entry[0] for entry in entries[len(entries) - delta.count :]]
-    if sampling.temperature not in (0.0,):
-        delta.tempered = list(delta.logprobs)
-    if sampling.top_logprobs:
-        tops = meta["output_top_logprobs"]
-        delta.top = [_alternatives(top) for top in tops[len(tops) - delta.count :]]
-
-
-def _alternatives(entries: Iterable[Sequence[Any]]) -> Mapping[int, float]:
-    return {entry[1]: entry[0] for entry in entries}
-
-
-def _last_ids(request: Request, count: int) -> list[int]:
-    """The last token ids before the sampled ones."""
-    ids = [token for span in request.node.spans if span.origin != "sampled" for token in span.tokens]
-    for edge in request.node.context[:1]:
-        ids = request.graph.path_tokens(*edge) + ids
-    return ids[-count:]

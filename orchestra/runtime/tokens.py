@@ -1,17 +1,19 @@
-"""Who turns text into token ids for a server: the server itself, or a tokenizer here."""
+"""Token ids for a server: who makes them of text, and which stand before a generation."""
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from orchestra.errors import PromptError
-from orchestra.graph import Span
+from orchestra.errors import EngineError, PromptError
+from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.engine import Prompt
 from orchestra.runtime.http import Fault, Refused, Server
 
 _KEPT = 4096  # encoded texts: strategies write the same few again and again
+_LARGE_ID = 2**31 - 1
 
 
 class Tokens(Protocol):
@@ -25,10 +27,19 @@ class Tokens(Protocol):
 
 
 class ServerTokens:
-    """Asks the server: `/v1/tokenize` and `/v1/detokenize`. The server applies its own chat template."""
+    """Asks the server, which applies its own chat template.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    Args:
+        server: the way to it.
+        encode, decode: its paths (SGLang's by default; vLLM has others).
+        model: sent along where a server wants it.
+    """
+
+    def __init__(
+        self, server: Server, encode: str = "/v1/tokenize", decode: str = "/v1/detokenize", model: str = ""
+    ) -> None:
+        self._server, self._encode, self._decode = server, encode, decode
+        self._model = {"model": model} if model else {}
         self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()
 
     async def prompt(self, prompt: Prompt, template: Mapping[str, Any]) -> Span:
@@ -69,7 +80,7 @@ class ServerTokens:
         """Texts of lists of ids; one question, tried once."""
         whole = [ids for ids in lists if ids]
         body = {"tokens": whole, "skip_special_tokens": skip_special}
-        answer = await self._server.ask("POST", "/v1/detokenize", body) if whole else {"text": []}
+        answer = await self._server.ask("POST", self._decode, body) if whole else {"text": []}
         try:
             texts = iter(answer["text"])
             return [str(next(texts)) if ids else "" for ids in lists]
@@ -89,7 +100,7 @@ class ServerTokens:
 
     async def _ask(self, body: Mapping[str, Any]) -> list[int]:
         async def once() -> list[int]:
-            answer = await self._server.ask("POST", "/v1/tokenize", body)
+            answer = await self._server.ask("POST", self._encode, {**self._model, **body})
             try:
                 return [int(token) for token in answer["tokens"]]
             except (KeyError, TypeError, ValueError) as error:
@@ -107,7 +118,8 @@ class LocalTokens:
     """
 
     def __init__(self, source: str, context: int) -> None:
-        from orchestra.runtime.local.prompts import Prompts, load_tokenizer
+        from orchestra.runtime.local.prompts import Prompts
+        from orchestra.runtime.local.sources import load_tokenizer
 
         self._prompts = Prompts(load_tokenizer(source), context)
 
@@ -118,3 +130,87 @@ class LocalTokens:
     async def forced(self, text: str) -> Span:
         """Text that the orchestrator writes; see `Engine.encode`."""
         return self._prompts.forced(text)
+
+
+def listed(ids: Iterable[int]) -> str:
+    """The inside of a JSON list of ids."""
+    return ",".join(map(str, ids))
+
+
+class Contexts:
+    """Token ids that stand before generations, ready to be sent; what forks share is put together once.
+
+    Attributes:
+        highest: the highest id that tokenizer or server has given us.
+        vocabulary: size of the vocabulary; None until it had to be asked.
+    """
+
+    def __init__(self, name: str, server: Server) -> None:
+        self._name, self._server = name, server
+        self._known: dict[int, dict[tuple[int, int], tuple[str, int]]] = {}  # by graph, then by edge
+        self.highest = -1
+        self.vocabulary: int | None = None
+
+    def saw(self, ids: Iterable[int]) -> None:
+        """Ids that are certainly in the vocabulary."""
+        self.highest = max(self.highest, max(ids, default=-1))
+
+    async def before(self, graph: ThreadGraph, node: Node, *, whole: bool = False) -> tuple[str, int]:
+        """All ids up to the node's sampled ones (`whole`: with them), listed, and how many they are.
+
+        Raises:
+            EngineError: part of the context was written by an engine that tells no ids.
+            PromptError: an id is not in the vocabulary.
+        """
+        start, count = "", 0
+        if node.context:
+            edge = node.context[0]
+            known = self._known.setdefault(id(graph), {})
+            if edge not in known:
+                if any(len(graph.nodes[n].tokens) < length for n, length in graph.lineage(*edge)):
+                    raise EngineError(f"{self._name} needs the token ids of the whole context; a part of it has none")
+                ids = graph.path_tokens(*edge)
+                await self._check(ids)
+                known[edge] = listed(ids), len(ids)
+            start, count = known[edge]
+        own = [token for span in node.spans if whole or span.origin != "sampled" for token in span.tokens]
+        if not own:
+            return start, count
+        await self._check(own)
+        return f"{start},{listed(own)}" if start else listed(own), count + len(own)
+
+    async def _check(self, ids: Sequence[int]) -> None:
+        """Refuse ids outside the vocabulary: they would end an SGLang server."""
+        if not ids or (min(ids) >= 0 and max(ids) <= self.highest):
+            return
+        if self.vocabulary is None:
+            self.vocabulary = await self._ask_vocabulary()
+        if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
+            raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {self._name}: 0..{self.vocabulary - 1}")
+
+    async def _ask_vocabulary(self) -> int:
+        """The size of the vocabulary, which an SGLang server names when it refuses an id."""
+        probe = {
+            "input_ids": [0],
+            "return_logprob": True,
+            "token_ids_logprob": [_LARGE_ID],
+            "sampling_params": {"max_new_tokens": 1},
+        }
+        try:
+            await self._server.insist(lambda: self._server.ask("POST", "/generate", probe))
+        except Refused as refusal:
+            if found := re.search(r"\[0, (\d+)\)", str(refusal)):
+                return int(found[1])
+        return _LARGE_ID  # it does not say: then it checks ids itself, or nobody can
+
+    def forget(self, graph: ThreadGraph) -> None:
+        """A run has ended."""
+        self._known.pop(id(graph), None)
+
+
+def last_ids(graph: ThreadGraph, node: Node, count: int) -> list[int]:
+    """The last token ids before the sampled ones of a node."""
+    ids = [token for span in node.spans if span.origin != "sampled" for token in span.tokens]
+    for edge in node.context[:1]:
+        ids = graph.path_tokens(*edge) + ids
+    return ids[-count:]
