@@ -16,8 +16,8 @@ ENGINES: dict[str, str] = {
     "demo": "the embedded model, in process: no download, no GPU; it speaks Countdown and little else",
     "local:PATH_OR_ID?dtype=bfloat16&device=cuda": "in-process PyTorch on a Hugging Face causal model",
     "sglang://HOST:PORT": "a running SGLang server, or several behind its router",
-    "sglang:PATH_OR_ID?tp=2": "starts and owns an SGLang server (not in this version)",
-    "openai://HOST:PORT/v1?model=NAME": "any OpenAI-compatible server (not in this version)",
+    "sglang:PATH_OR_ID?tp=2": "starts and owns an SGLang server on this machine; its flags are parameters",
+    "openai://HOST:PORT/v1?model=NAME": "any OpenAI-compatible server; openais:// for TLS",
     "replay:FILE.jsonl": "recorded samples on a simulated clock (not in this version)",
 }
 
@@ -96,22 +96,60 @@ def _in_process(name: str, model: str, parameters: dict[str, str], **fixed: Any)
 
 
 def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
-    if not target.startswith("//"):
-        raise UsageError(f"engine {url!r}: owned servers are not in this version; use sglang://HOST:PORT")
-    where = _address(url, target)
+    if not target:
+        raise UsageError("an SGLang engine needs a server, sglang://HOST:PORT, or a model to serve, sglang:PATH_OR_ID")
     limits, headers = Limits.take(parameters), _key(parameters, "SGLANG_API_KEY")
-    values = _take(parameters, {"model": str, "n": _group, "interval": int, "tokenizer": str}, (*_LIMITS, "key_file"))
     from orchestra.runtime.http import Server
-    from orchestra.runtime.sglang import SGLangEngine
+    from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine
+    from orchestra.runtime.sglang_server import FLAGS, SGLangServer
 
-    return SGLangEngine(
-        f"sglang://{where}",
-        Server(f"http://{where}", limits, headers),
+    if target.startswith("//"):
+        where = _address(url, target)
+        options = _sglang_options(parameters, ("model", *_LIMITS, "key_file"))
+        return SGLangEngine(f"sglang://{where}", Server(f"http://{where}", limits, headers), **options)
+    flags = {name: parameters.pop(name) for name in list(parameters) if name in FLAGS}
+    options = _sglang_options(parameters, (*FLAGS, *_LIMITS))
+    process = SGLangServer(str(_EMBEDDED) if target == "demo" else target, flags=flags)
+    return OwnedSGLangEngine(f"sglang:{target}", process, Server(f"http://127.0.0.1:{process.port}", limits), **options)
+
+
+def _sglang_options(parameters: dict[str, str], also: tuple[str, ...]) -> dict[str, Any]:
+    model = {"model": parameters.pop("model")} if "model" in parameters and "model" in also else {}
+    values = _take(parameters, {"n": _group, "interval": int, "tokenizer": str}, also)
+    if "n" in values:
+        values["group"] = values.pop("n")
+    return values | model
+
+
+def _openai(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    where = _address(url, target)
+    path = urlsplit(target).path.rstrip("/") or "/v1"
+    limits, headers = Limits.take(parameters), _key(parameters, "OPENAI_API_KEY")
+    known: dict[str, Callable[[str], Any]] = {"model": str, "n": _group}
+    known |= {"api": _one_of("auto", "chat", "completions"), "continue": _one_of("on", "off")}
+    values = _take(parameters, known, (*_LIMITS, "key_file"))
+    from orchestra.runtime.http import Server
+    from orchestra.runtime.openai import OpenAIEngine
+
+    scheme = url.partition(":")[0]
+    return OpenAIEngine(
+        f"{scheme}://{where}{path}",
+        Server(f"{'https' if scheme == 'openais' else 'http'}://{where}", limits, headers),
+        prefix=path,
         model=values.get("model", ""),
+        api=values.get("api", "auto"),
         group=values.get("n", 256),
-        interval=values.get("interval", 0),
-        tokenizer=values.get("tokenizer", ""),
+        continues=values.get("continue") == "on",
     )
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def chosen(text: str) -> str:
+        if text not in choices:
+            raise UsageError(f"an engine parameter is one of {', '.join(choices)}, not {text!r}")
+        return text
+
+    return chosen
 
 
 def _address(url: str, target: str) -> str:
@@ -165,7 +203,7 @@ _OPENERS: Mapping[str, Callable[[str, str, dict[str, str]], Engine]] = {
     "demo": _demo,
     "local": _local,
     "sglang": _sglang,
-    "openai": _later,
-    "openais": _later,
+    "openai": _openai,
+    "openais": _openai,
     "replay": _later,
 }

@@ -222,6 +222,15 @@ def error_message(body: bytes) -> str:
     return " ".join(str(found).split())[:500]
 
 
+def raise_error(error: Any) -> None:
+    """Raise an error that came inside a stream, as what it would have been as a status."""
+    code = error.get("code") if isinstance(error, dict) else None
+    message = str(error.get("message") if isinstance(error, dict) else error)
+    if isinstance(code, int) and 400 <= code < 500 and code not in (408, 429):
+        raise Refused(code, " ".join(message.split())[:500])
+    raise Fault(f"error {code}: {message[:200]}")
+
+
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
     """The data of server-sent events, in the batches in which they arrive; ends after `[DONE]`.
 

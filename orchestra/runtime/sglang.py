@@ -21,6 +21,7 @@ from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.engine import Capability, Delta, Prompt, Request
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
+from orchestra.runtime.sglang_server import SGLangServer
 from orchestra.runtime.sglang_wire import Reading, alternatives, settings
 from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
 
@@ -303,3 +304,31 @@ class SGLangEngine(RemoteEngine):
         if "context length" in text or "longer than" in text or "vocab" in text:
             return PromptError(f"{self.name}: {text}")
         return super()._refusal(refusal)
+
+
+class OwnedSGLangEngine(SGLangEngine):
+    """Starts a server on this machine when it is opened, and ends it when it is closed.
+
+    Args:
+        process: the server, not started.
+        server: the way to it.
+        options: see `SGLangEngine`.
+    """
+
+    def __init__(self, name: str, process: SGLangServer, server: Server, **options: Any) -> None:
+        super().__init__(name, server, **options)
+        self._process = process
+
+    async def _meet(self) -> None:
+        try:
+            self._process.start()
+            await self._process.ready()
+            await super()._meet()
+        except BaseException:
+            await asyncio.to_thread(self._process.stop)
+            raise
+
+    async def close(self) -> None:
+        """See `Engine.close`; the server ends too."""
+        await super().close()
+        await asyncio.to_thread(self._process.stop)
