@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
@@ -147,17 +148,37 @@ class Stream:
         self._error: BaseException | None = None
         self._ended = False
         self._ready = asyncio.Event()
+        self._when_ended: Callable[[], None] | None = None
 
     def push(self, delta: Delta) -> None:
         """Engine side: add a delta; the reader wakes when a chunk is full or the generation has ended."""
         self._pending.merge(delta)
-        if delta.finish_reason or 0 < self._chunk <= self._pending.count:
+        if delta.finish_reason:
+            self._end()
+        elif 0 < self._chunk <= self._pending.count:
             self._ready.set()
 
     def fail(self, error: BaseException) -> None:
         """Engine side: end with an error, after what is pending."""
         self._error = error
+        self._end()
+
+    def _end(self) -> None:
         self._ready.set()
+        if self._when_ended is not None:
+            self._when_ended()
+
+    def when_ended(self, call: Callable[[int], None], index: int) -> None:
+        """Reader side: instead of reading delta by delta, be called once with `index` when all is there."""
+        self._when_ended = partial(call, index)
+        if self._error is not None or self._pending.finish_reason:
+            self._when_ended()
+
+    def taken(self) -> tuple[Delta, BaseException | None]:
+        """Reader side, after `when_ended` has called: everything as one delta, and the error that ended it."""
+        self._ended = True
+        delta, self._pending = self._pending, Delta()
+        return delta, self._error
 
     def cancel(self) -> None:
         """Reader side: ask the engine to stop. The stream still ends by itself, with `finish_reason` `cancelled`."""
