@@ -51,8 +51,8 @@ SERVER_INFO = {
     "enable_custom_logit_processor": False,
 }
 BOS, EOS = 1, 2
-FIRST_BYTE = 3
-FIRST_PIECE = 100_000  # six digits, as ids of today's vocabularies have: they are most of an answer's bytes
+FIRST_BYTE = 50_000  # digits as in the ids of today's vocabularies: they are most of the bytes on the wire
+FIRST_PIECE = 100_000
 _WORDS = [" so", " we", " add", " 7", " and", " 12", ",", " then", " check", " that", " it", " holds", "."]
 PIECES = [*itertools.islice(itertools.cycle(_WORDS), 96), " \\boxed{", "42", "}"]
 IDS = [*range(FIRST_PIECE, FIRST_PIECE + len(PIECES)), EOS]

@@ -173,7 +173,7 @@ def test_tokens_and_text(port):
                 (text["tokens"], "häß"),
                 (chat["tokens"], "user: hi\nassistant:"),
                 (answer["output_ids"], answer["text"]),
-                ([[4], [5]], ["\x01", "\x02"]),
+                ([[50065], [50066, 2]], ["A", "B"]),
             ]:
                 assert (await post(session, "/v1/detokenize", tokens=tokens))["text"] == expected
 
