@@ -9,6 +9,7 @@ from orchestra.runtime.engine import Delta
 from orchestra.runtime.http import Fault, raise_error
 from orchestra.runtime.remote import Sample
 
+_INTEGER = frozenset({int})  # a bool is none
 _THINK, _SOLVE = "<think>\n", "\n</think>\n\n"
 
 
@@ -79,7 +80,7 @@ class Reading:
         text = choice.get("text") or "" if said is None else self._channels(index, said)
         ids = choice.get("token_ids") or []
         delta = Delta(list(ids), len(ids) or int(bool(text)), text)
-        if not all(type(token) is int for token in ids):
+        if not _INTEGER.issuperset(map(type, ids)):
             raise ValueError
         logprobs = choice.get("logprobs")
         if logprobs and sample.request.sampling.logprobs:

@@ -66,6 +66,7 @@ class Call:
     """One HTTP request in work.
 
     Attributes:
+        run: the identity of its graph.
         samples: what it serves; more than one only when they are equal and none has begun.
         rid: the request id, chosen here for each try; empty while nothing is on the server.
         task: drives it.
@@ -73,9 +74,10 @@ class Call:
         state: of the current try; the engine's own.
     """
 
-    __slots__ = ("error", "rid", "samples", "state", "task")
+    __slots__ = ("error", "rid", "run", "samples", "state", "task")
 
     def __init__(self, samples: list[Sample]) -> None:
+        self.run = id(samples[0].request.graph)
         self.samples = samples
         self.rid = ""
         self.task: asyncio.Task[None]
@@ -101,7 +103,7 @@ class RemoteEngine(Engine):
     def __init__(self, name: str, server: Server) -> None:
         self.name = name
         self.server = server
-        self._calls: set[Call] = set()
+        self._calls: dict[int, set[Call]] = {}  # by graph
         self._aborts: set[asyncio.Task[None]] = set()
         self._begun = 0
         self._sampled = 0
@@ -182,18 +184,19 @@ class RemoteEngine(Engine):
         call = Call(samples)
         for sample in samples:
             sample.call = call
-        self._calls.add(call)
+        self._calls.setdefault(call.run, set()).add(call)
         call.task = asyncio.get_running_loop().create_task(self._drive(call))
         call.task.add_done_callback(partial(self._end, call))
         return [sample.stream for sample in samples]
 
     def load(self) -> Load:
         """See `Engine.load`; what this client has on the server."""
-        return Load(requests=sum(len(call.live) for call in self._calls), sampled_tokens=self._sampled)
+        running = sum(len(call.live) for calls in self._calls.values() for call in calls)
+        return Load(requests=running, sampled_tokens=self._sampled)
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`: cancel what still runs of a run, and wait until it has ended."""
-        left = [call for call in self._calls if call.samples[0].request.graph is graph]
+        left = list(self._calls.get(id(graph), ()))
         for call in left:
             for sample in call.live:
                 self._cancel(sample)
@@ -203,10 +206,11 @@ class RemoteEngine(Engine):
     async def close(self) -> None:
         """See `Engine.close`: cancel everything, tell the server, close the connections."""
         self._closed = True
-        for call in list(self._calls):
+        calls = [call for calls in self._calls.values() for call in calls]
+        for call in calls:
             for sample in call.live:
                 self._cancel(sample)
-        if tasks := [call.task for call in self._calls] + list(self._aborts):
+        if tasks := [call.task for call in calls] + list(self._aborts):
             await asyncio.wait(tasks)
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
@@ -234,7 +238,10 @@ class RemoteEngine(Engine):
 
     def _end(self, call: Call, _: asyncio.Task[None]) -> None:
         """End what the call has left open. A callback: a task that is cancelled before its first step runs nothing."""
-        self._calls.discard(call)
+        of_run = self._calls[call.run]
+        of_run.discard(call)
+        if not of_run:
+            del self._calls[call.run]
         for sample in call.live:
             if sample.cancelled or call.error is None:
                 sample.give(Delta(finish_reason="cancelled"))

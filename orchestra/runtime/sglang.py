@@ -184,7 +184,7 @@ class SGLangEngine(RemoteEngine):
             raise PromptError(f"the prompt has {count} tokens; with the answer, {self.name} has room for {limit}")
         most = min(sampling.max_tokens or room, room)
         if done := call.samples[0].tokens:  # a broken stream goes on where it stopped
-            ids, most = f"{ids},{listed(done)}", most - len(done)
+            ids, most = f"{ids},{listed(tuple(done))}", most - len(done)
         if request.chunk == 0:
             interval = QUIET_INTERVAL
         else:
@@ -250,7 +250,7 @@ class SGLangEngine(RemoteEngine):
         if delta.finish_reason in ("stop", "length"):
             request = sample.request
             ids, count = await self._contexts.before(request.graph, request.node)
-            ids = f"{ids},{listed(sample.tokens + delta.tokens)}"
+            ids = f"{ids},{listed(tuple(sample.tokens + delta.tokens))}"
             delta.logprobs, delta.top = await self._score(ids, count, request.sampling.top_logprobs)
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:

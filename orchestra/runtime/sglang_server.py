@@ -52,7 +52,7 @@ FLAGS: Mapping[str, str] = {
 
 # What runs without a GPU and without SGLang's compiled kernels.
 _ON_CPU = {"attention_backend": "torch_native", "sampling_backend": "pytorch", "mem_fraction_static": "0.1"}
-_CPU_SWITCHES = ("--disable-overlap-schedule", "--disable-cuda-graph")
+_CPU_SWITCHES = ("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle")  # or it spins on a core
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
 _START_SECONDS, _STOP_SECONDS = 900.0, 10.0
 _LOG_LINES = 12

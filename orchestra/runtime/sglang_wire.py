@@ -11,6 +11,7 @@ from orchestra.runtime.engine import Delta, Sampling
 from orchestra.runtime.http import Fault, Refused, decode, raise_error
 from orchestra.runtime.remote import Sample
 
+_INTEGER = frozenset({int})  # a bool is none
 _UNFINISHED = b'"finish_reason":null'
 
 
@@ -112,7 +113,7 @@ class Reading:
             seen, shown = self._seen[index], self._shown[index]
             cumulative = len(ids) == count
             delta = Delta(ids[seen:] if cumulative else ids, count - seen, text[shown:] if cumulative else text)
-            if len(delta.tokens) != delta.count or not all(type(token) is int for token in delta.tokens):
+            if len(delta.tokens) != delta.count or not _INTEGER.issuperset(map(type, delta.tokens)):
                 raise ValueError
             self._seen[index] = count
             self._shown[index] = len(text) if cumulative else shown + len(text)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 from orchestra.errors import EngineError, PromptError
-from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.graph import Edge, Node, Span, ThreadGraph
 from orchestra.runtime.engine import Prompt
 from orchestra.runtime.http import Fault, Refused, Server
 
@@ -132,8 +133,9 @@ class LocalTokens:
         return self._prompts.forced(text)
 
 
-def listed(ids: Iterable[int]) -> str:
-    """The inside of a JSON list of ids."""
+@lru_cache(maxsize=512)
+def listed(ids: tuple[int, ...]) -> str:
+    """The inside of a JSON list of ids. Runs share prompts, and writing one costs more than looking it up."""
     return ",".join(map(str, ids))
 
 
@@ -167,17 +169,31 @@ class Contexts:
             edge = node.context[0]
             known = self._known.setdefault(id(graph), {})
             if edge not in known:
-                if any(len(graph.nodes[n].tokens) < length for n, length in graph.lineage(*edge)):
-                    raise EngineError(f"{self._name} needs the token ids of the whole context; a part of it has none")
-                ids = graph.path_tokens(*edge)
+                ids = self._path(graph, edge)
                 await self._check(ids)
-                known[edge] = listed(ids), len(ids)
+                known[edge] = listed(tuple(ids)), len(ids)
             start, count = known[edge]
-        own = [token for span in node.spans if whole or span.origin != "sampled" for token in span.tokens]
+        own: list[int] = []
+        for span in node.spans:
+            if whole or span.origin != "sampled":
+                own += span.tokens
         if not own:
             return start, count
         await self._check(own)
-        return f"{start},{listed(own)}" if start else listed(own), count + len(own)
+        said = listed(tuple(own))
+        return f"{start},{said}" if start else said, count + len(own)
+
+    def _path(self, graph: ThreadGraph, edge: Edge) -> list[int]:
+        ids: list[int] = []
+        for n, length in graph.lineage(*edge):
+            left = length
+            for span in graph.nodes[n].spans:
+                taken = min(left, span.count)
+                if len(span.tokens) < taken:
+                    raise EngineError(f"{self._name} needs the token ids of the whole context; a part of it has none")
+                ids += span.tokens if taken == span.count else span.tokens[:taken]
+                left -= taken
+        return ids
 
     async def _check(self, ids: Sequence[int]) -> None:
         """Refuse ids outside the vocabulary: they would end an SGLang server."""
