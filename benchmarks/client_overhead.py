@@ -28,7 +28,6 @@ import statistics
 import sys
 import urllib.request
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "256 chat completions at once": {
         "bare_chat": "bare aiohttp",
-        "its_hub": "its-hub self-consistency",
-        "openai": "openai AsyncOpenAI (httpx)",
+        "its_hub": "self-consistency of its-hub",
+        "openai": "AsyncOpenAI (httpx) of openai",
         "orchestra_openai": "Orchestra openai://?n=off, `self_consistency(samples=256)`",
         "orchestra_openai_n": "Orchestra openai://, `self_consistency(samples=256)`",
     },
@@ -75,6 +74,7 @@ class Client:
         self.results: list[dict[str, float]] = []
         self.error: str | None = None if python else "no environment with it was given"
         self.sent: dict[str, Any] = {}
+        self.version = ""
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, port: int) -> None:
@@ -85,7 +85,7 @@ class Client:
         self._process = await asyncio.create_subprocess_exec(
             self.python, CLIENTS, self.name, str(port), stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
         )
-        await self._line()
+        self.version = ((await self._line()) or {}).get("version", "")
 
     async def repeat(self, port: int) -> None:
         """One repetition, if nothing has failed so far."""
@@ -109,7 +109,7 @@ class Client:
                 self._process.kill()
                 await self._process.wait()
 
-    async def _line(self) -> dict[str, float] | None:
+    async def _line(self) -> dict[str, Any] | None:
         assert self._process is not None
         assert self._process.stdout is not None
         try:
@@ -190,17 +190,7 @@ def machine() -> dict[str, Any]:
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
-    versions = {name: metadata.version(name) for name in ("aiohttp", "openai") if _installed(name)}
-    load = f"{os.getloadavg()[0]:.1f}"
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "load": load, **versions}
-
-
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "load": [os.getloadavg()[0]]}
 
 
 async def main() -> None:
@@ -223,14 +213,15 @@ async def main() -> None:
             clients = await measure(port, [bare, *chosen], options.repeats, pythons)
             print(f"| **{group}** {'| ' * len(COLUMNS)}")
             for client in clients:
-                print(row(client, clients[0], titles[client.name]), flush=True)
+                print(row(client, clients[0], f"{titles[client.name]} {client.version}".rstrip()), flush=True)
                 kept = {"group": group, "error": client.error, "sent": client.sent, "repetitions": client.results}
                 measured[client.name] = kept
+    facts["load"].append(os.getloadavg()[0])
     print(
         f"\nMedian (minimum..maximum) of {options.repeats} repetitions; ratios are to the bare loop of the group. "
         "The server is fake and takes 205 ms for each completion.\n"
-        + ", ".join(f"{key} {value}" for key, value in facts.items())
-        + "; one command: `python benchmarks/client_overhead.py`."
+        f"{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, load average {facts['load'][0]:.1f} before "
+        f"and {facts['load'][1]:.1f} after; one command: `python benchmarks/client_overhead.py`."
     )
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "clients": measured}, indent=1) + "\n", encoding="utf-8")

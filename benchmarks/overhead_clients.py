@@ -2,8 +2,9 @@
 
     python benchmarks/overhead_clients.py NAME PORT
 
-It imports, connects and does one repetition that nobody counts, says `{"ready": ...}`, and does one repetition for each
-line on its standard input, answered by a line: wall seconds, CPU seconds of this process, completions, errors, events.
+It imports, connects, does one repetition that nobody counts and says `{"ready": ..., "version": ...}`. Then it does one
+repetition for each line on its standard input, answered by a line: wall seconds, CPU seconds of this process,
+completions, errors, events.
 A completion counts when its text ends in the answer that the server gives; all else is an error.
 
 Only what a client needs is imported: some of them run in an environment of their own, without Orchestra.
@@ -19,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from importlib import metadata
 from typing import Any, NamedTuple
 
 SAMPLES = 256
@@ -237,6 +239,14 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def _version(name: str) -> str:
+    """Of a client that is a package; empty for the others."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def main() -> None:
     """Open a client, warm it up, and repeat for as long as lines come in."""
     name, port = sys.argv[1], int(sys.argv[2])
@@ -255,7 +265,7 @@ def main() -> None:
         try:
             repetition = runner.run(opened.__aenter__())
             runner.run(measured(repetition))
-            _say(ready=name)
+            _say(ready=name, version=_version(name))
             for _ in sys.stdin:
                 _say(**runner.run(measured(repetition)))
         except Exception as error:
