@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +110,29 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 def tiny(make_model: Callable[..., str]) -> str:
     """The folder of a tiny Llama with grouped heads."""
     return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real SGLang server on the CPU with the embedded model, one for the session."""
+    from orchestra.runtime.connect import EMBEDDED
+    from orchestra.runtime.sglang_server import SGLangServer
+
+    with started(SGLangServer, EMBEDDED, tmp_path_factory.mktemp("sglang") / "server.log") as server:
+        yield server
+
+
+@contextmanager
+def started(kind: Any, model: Any, log: Path, port: int = 0) -> Iterator[Any]:
+    """A server of our own; where SGLang is not installed the test is skipped, or fails if it must not be."""
+    if find_spec("sglang") is None:
+        reason = "SGLang is not installed here: make .venv/.sglang"
+        pytest.fail(reason) if os.environ.get("ORCHESTRA_REQUIRE_SGLANG") else pytest.skip(reason)
+    flags = {"device": "cpu", "dtype": "float32", "max_total_tokens": "65536"}
+    server = kind(str(model), port=port, flags=flags, log=log)
+    server.start()
+    try:
+        asyncio.run(server.ready(240))
+        yield server
+    finally:
+        server.stop()

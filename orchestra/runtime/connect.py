@@ -21,7 +21,7 @@ ENGINES: dict[str, str] = {
     "replay:FILE.jsonl": "recorded samples on a simulated clock (not in this version)",
 }
 
-_EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "embedded"
+EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "embedded"
 _EMBEDDED_HINT = "the embedded model speaks Countdown ('numbers: 3 7 8 12 target: 55') and little else"
 _LIMITS = tuple(Limits.__dataclass_fields__)
 
@@ -71,7 +71,7 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
 def _demo(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if target:
         raise UsageError(f"the demo engine has one model: demo, not {url!r}; local:PATH_OR_ID takes another")
-    return _in_process("demo", str(_EMBEDDED), parameters, hint=_EMBEDDED_HINT)
+    return _in_process("demo", str(EMBEDDED), parameters, hint=_EMBEDDED_HINT)
 
 
 def _local(url: str, target: str, parameters: dict[str, str]) -> Engine:
@@ -109,7 +109,7 @@ def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
         return SGLangEngine(f"sglang://{where}", Server(f"http://{where}", limits, headers), **options)
     flags = {name: parameters.pop(name) for name in list(parameters) if name in FLAGS}
     options = _sglang_options(parameters, (*FLAGS, *_LIMITS))
-    process = SGLangServer(str(_EMBEDDED) if target == "demo" else target, flags=flags)
+    process = SGLangServer(str(EMBEDDED) if target == "demo" else target, flags=flags)
     return OwnedSGLangEngine(f"sglang:{target}", process, Server(f"http://127.0.0.1:{process.port}", limits), **options)
 
 

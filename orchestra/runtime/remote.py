@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import itertools
 import uuid
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from orchestra.runtime.http import Fault, Refused, Server
 
 _ABORT_WAITS = (0.1, 0.4, 1.5)  # seconds between aborts; then the connection is dropped
 _NAME = uuid.uuid4().hex[:12]  # of this process, in request ids
+_begun = itertools.count(1)  # over all its engines: they may share a server
 
 
 class Sample:
@@ -105,7 +107,6 @@ class RemoteEngine(Engine):
         self.server = server
         self._calls: dict[int, set[Call]] = {}  # by graph
         self._aborts: set[asyncio.Task[None]] = set()
-        self._begun = 0
         self._sampled = 0
         self._opening: asyncio.Task[None] | None = None
         self._closed = False
@@ -265,8 +266,7 @@ class RemoteEngine(Engine):
                 )
         if not live:
             return
-        self._begun += 1
-        call.rid = f"orchestra-{_NAME}-{self._begun}"
+        call.rid = f"orchestra-{_NAME}-{next(_begun)}"
         try:
             await self._try(call)
             if call.live:

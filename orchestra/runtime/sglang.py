@@ -189,9 +189,12 @@ class SGLangEngine(RemoteEngine):
             interval = QUIET_INTERVAL
         else:
             interval = self._interval or max(request.chunk, 1 if self._incremental else most // _WATCHED_CHUNKS)
+        n = len(call.samples)
+        # As a string, the id of several samples leaves n - 1 entries behind in the server's tables, for ever.
+        rid = f'"{call.rid}"' if n == 1 else f'["{call.rid}"]'
         return (
-            f'{{"rid":"{call.rid}","input_ids":[{ids}],"stream":true,{settings(sampling)}'
-            f'"max_new_tokens":{most},"stream_interval":{interval},"n":{len(call.samples)}}}}}'
+            f'{{"rid":{rid},"input_ids":[{ids}],"stream":true,{settings(sampling)}'
+            f'"max_new_tokens":{most},"stream_interval":{interval},"n":{n}}}}}'
         ).encode()
 
     def _resumable(self, sample: Sample) -> bool:

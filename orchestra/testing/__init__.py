@@ -5,6 +5,8 @@ Torch is loaded only by the laws that compute with it.
 
 from __future__ import annotations
 
+from orchestra.testing.agreement import check_agreement
+from orchestra.testing.conformance import check_engine
 from orchestra.testing.graphs import Played, Step, play, random_graph, random_program
 from orchestra.testing.laws import (
     CLOSE_CALL,
@@ -26,7 +28,9 @@ __all__ = [
     "Played",
     "ScriptedEngine",
     "Step",
+    "check_agreement",
     "check_conservation",
+    "check_engine",
     "check_greedy",
     "check_losslessness",
     "check_no_leak",
