@@ -65,7 +65,11 @@ class Thread:
 
     @property
     def answer(self) -> str | None:
-        """The answer in the text, as the run's task extracts it."""
+        """The answer recorded with the last generation, else the one in the text, as the run's task extracts it."""
+        recorded: str | None = self._node.notes.get("answer") if self._node else None
+        if recorded is not None:
+            self._touch()
+            return recorded
         return self._run.extract(self.text)
 
     @property
@@ -185,7 +189,9 @@ class Thread:
         before = await encode(self._run, edges, self._tail, self._alias)
         given = await encode(self._run, edges, (text,), self._alias)
         node = self._run.settle(edges, before + given, self.path, self._alias)
-        scores = await self._run.engine_for(self._alias).score(self._run.graph, node)
+        engine = self._run.engine_for(self._alias)
+        with self._run.waiting_for(engine):
+            scores = await engine.score(self._run.graph, node)
         return scores[sum(span.count for span in before) :]
 
     def spawn(self, prompts: Sequence[Prompt], engine: str | None = None) -> Threads:
@@ -211,7 +217,7 @@ class Thread:
         """A thread of `run` that begins with a prompt, which is encoded when it is first needed."""
 
         async def encoded(_: list[Edge]) -> list[Span]:
-            return [await run.engine_for(alias).encode_prompt(prompt, **(template or {}))]
+            return [await run.encode_prompt(prompt, alias, template or {})]
 
         return cls(run, Stem(run, (), (Later("", encoded),), path, alias), path, prompt, _alias=alias)
 

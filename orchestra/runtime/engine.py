@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
+from orchestra.runtime.clock import REAL, Clock
 
 
 class Message(TypedDict):
@@ -73,6 +74,9 @@ class Request:
         seed: the run's seed.
         path: the thread's fork path.
         chunk: wake the reader every so many tokens (1 for races and live views).
+        depth: sampled tokens on the heaviest chain that ends where the node begins: its clock in a race by tokens.
+        item: the evaluation's item that the run works on, as `TASK/ID` or `ID`; empty if it is none.
+        repeat: which of the item's samples the run is.
     """
 
     graph: ThreadGraph
@@ -81,6 +85,9 @@ class Request:
     seed: int = 0
     path: tuple[int, ...] = ()
     chunk: int = 16
+    depth: int = 0
+    item: str = ""
+    repeat: int = 0
 
     @property
     def context(self) -> list[Edge]:
@@ -102,6 +109,7 @@ class Delta:
         matched: the stop string or id that ended it; None for end-of-sequence.
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
+        notes: what the engine knows besides, for `Node.notes` (JSON values).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -113,6 +121,7 @@ class Delta:
     matched: str | int | None = None
     eos: bool = False
     cached_tokens: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, later: Delta) -> None:
         """Append `later` in place."""
@@ -125,6 +134,7 @@ class Delta:
         self.matched = later.matched
         self.eos = later.eos
         self.cached_tokens += later.cached_tokens
+        self.notes.update(later.notes)
 
 
 class Stream:
@@ -203,11 +213,14 @@ class Engine(abc.ABC):
         name: how error messages and manifests name it.
         capabilities: what it can do; see `Capability`.
         context_length: most tokens along one path, None if unknown.
+        recorded: it has nothing but recorded samples of items. It is asked for the run's own prompt only, and
+            `encode_prompt` gets the run's `item` as a keyword.
     """
 
     name: str = "engine"
     capabilities: frozenset[Capability] = frozenset()
     context_length: int | None = None
+    recorded: bool = False
 
     async def open(self) -> Self:
         """Load what is loaded once. Optional: the first use does it, but here errors come early.
@@ -245,6 +258,10 @@ class Engine(abc.ABC):
         from orchestra.errors import CapabilityError
 
         raise CapabilityError(f"{self.name} cannot score given text")
+
+    def clock(self, graph: ThreadGraph) -> Clock:
+        """The clock that generations of the run live by. A simulated engine has one for each run, until `release`."""
+        return REAL
 
     async def release(self, graph: ThreadGraph) -> None:
         """Forget a run: cancel what still runs of it and free what is kept for it. Idempotent."""
