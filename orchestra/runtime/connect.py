@@ -16,10 +16,10 @@ ENGINES: dict[str, str] = {
     "sglang://HOST:PORT": "a running SGLang server (not in this version)",
     "sglang:PATH_OR_ID?tp=2": "starts and owns an SGLang server (not in this version)",
     "openai://HOST:PORT/v1?model=NAME": "any OpenAI-compatible server (not in this version)",
-    "replay:FILE.jsonl": "recorded samples on a simulated clock (not in this version)",
+    "replay:FILE.jsonl?rate=50": "recorded samples on a simulated clock, so many tokens a second",
 }
 
-_LATER = ("sglang", "openai", "openais", "replay")
+_LATER = ("sglang", "openai", "openais")
 _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "embedded"
 _EMBEDDED_HINT = "the embedded model speaks Countdown ('numbers: 3 7 8 12 target: 55') and little else"
 
@@ -44,7 +44,9 @@ def open_engine(url: str) -> Engine:
         if not target:
             raise UsageError("a local engine needs a model: local:PATH_OR_ID, such as local:./my-model?dtype=bfloat16")
         return _local(f"local:{target}", target, parameters)
-    raise UsageError(one_of("engine", scheme, ("demo", "local", *_LATER)) + f", from {url!r}")
+    if scheme == "replay":
+        return _replay(target, parameters)
+    raise UsageError(one_of("engine", scheme, ("demo", "local", "replay", *_LATER)) + f", from {url!r}")
 
 
 _LOCAL: Mapping[str, Callable[[str], Any]] = {
@@ -74,3 +76,20 @@ def _local(name: str, model: str, parameters: Mapping[str, str], **fixed: Any) -
     engine = LocalEngine(model, **values, **fixed)
     engine.name = name
     return engine
+
+
+def _replay(file: str, parameters: Mapping[str, str]) -> Engine:
+    from orchestra.runtime.replay import RATE, ReplayEngine
+
+    if not file:
+        raise UsageError(
+            "a replay engine needs recorded samples: replay:FILE.jsonl, such as replay:runs/A/samples.jsonl"
+        )
+    for key in parameters:
+        if key != "rate":
+            raise UsageError(one_of("engine parameter", key, ("rate",)))
+    try:
+        rate = float(parameters.get("rate", RATE))
+    except ValueError:
+        raise UsageError(f"engine parameter rate = {parameters['rate']!r} is not a number") from None
+    return ReplayEngine(file, rate=rate)
