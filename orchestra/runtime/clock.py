@@ -141,17 +141,20 @@ class SimulatedClock(Clock):
                 _Pump.here().add(self)
 
     def _advance(self) -> bool:
-        """Let the next event happen; False if there is none or the clock is held."""
+        """Let the next event happen, if there is one; whether there is another."""
+        if self._waits():
+            timer = heapq.heappop(self._timers)
+            callback, timer.callback = timer.callback, None
+            self._now = timer.when
+            assert callback is not None  # those are dropped
+            callback()
+        return self._waits()
+
+    def _waits(self) -> bool:
+        """Whether there is an event that may happen."""
         while self._timers and self._timers[0].callback is None:
             heapq.heappop(self._timers)
-        if self._holds or not self._timers:
-            return False
-        timer = heapq.heappop(self._timers)
-        self._now = timer.when
-        callback, timer.callback = timer.callback, None
-        assert callback is not None  # dropped above
-        callback()
-        return True
+        return bool(self._timers) and not self._holds
 
 
 class _Pump:
