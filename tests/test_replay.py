@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Load
 from orchestra.runtime.recording import Recording
 from orchestra.runtime.replay import ReplayEngine
-from orchestra.testing import check_strategy
+from orchestra.testing import ScriptedEngine, check_strategy
+from orchestra.testing.scripted import replies
 
 RATE = 49  # 1 / 49 * 49 is not 1 in floats
 
@@ -523,3 +525,43 @@ def test_bad_urls(url: str, message: str) -> None:
 
     with pytest.raises(OrchestraError, match=message):
         asyncio.run(main())
+
+
+def test_as_an_alias_beside_another_engine(engine: Any) -> None:
+    """The run lives by its own engine's clock, which stands still while the other's goes on."""
+    replay = engine(300, 200)
+
+    @strategy
+    async def both(thread: Thread) -> Thread:
+        beside = thread.fork(1)[0].start()
+        drafts = await thread.spawn([thread.prompt], engine="bank").generate()
+        assert not beside.done()
+        await beside
+        return drafts[0]
+
+    async def main() -> None:
+        scripted = ScriptedEngine(replies(" x y $"))
+        async with orchestra.connect(scripted, {"bank": replay}) as connection:
+            outcome = await connection.run(both(), "go", budget="wall_seconds=3")
+            assert outcome.stopped_by is None
+            assert (outcome.answer, outcome.usage.wall_seconds) == ("1", 3.0)  # fork 0 was the other's
+            assert scripted.load().requests == 0
+            assert not scripted._clocks
+        at_rest(replay)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_live_view_sees_the_end_of_each_sample(engine: Any) -> None:
+    async def main() -> None:
+        replay = engine(30, 12, 400, text="abcdefghijkl")
+        async with orchestra.connect(replay) as connection:
+            events = [event async for event in connection.stream("first_finish(samples=3)", "go")]
+            told = {k: "".join(e.text for e in events if e.kind == "token" and e.path == (k,)) for k in range(3)}
+            assert told == {0: "abcde", 1: "abcdefghijkl", 2: ""}  # in proportion: 13 of 30, all, 12 of 400
+            async with aclosing(connection.stream("first_finish(samples=3)", "go")) as stream:
+                assert (await anext(stream)).kind == "start"
+                assert replay.load().requests > 0  # and leaving it here cancels the run
+        at_rest(replay)
+
+    asyncio.run(main())

@@ -32,7 +32,7 @@ class _Playing:
     Attributes:
         count: tokens at which it ends; fewer than the sample has if it is cut.
         pushed: tokens that its reader has.
-        end, look: when it ends, and when its reader is told next how far it is.
+        end: when that is.
     """
 
     request: Request
@@ -42,11 +42,6 @@ class _Playing:
     count: int
     pushed: int = 0
     end: Timer | None = None
-    look: Timer | None = None
-
-    @property
-    def watched(self) -> bool:
-        return self.request.chunk == 1
 
     def text(self, tokens: int) -> str:
         """The text of the first `tokens` tokens: in proportion, for nobody recorded where each of them ends."""
@@ -72,6 +67,7 @@ class _Timeline:
     Attributes:
         depths: sampled tokens on the heaviest chain to each generation that has ended, sorted, each once.
         used: the samples that are taken.
+        look: when those who watch generations are told next how far these are.
     """
 
     graph: ThreadGraph
@@ -79,6 +75,11 @@ class _Timeline:
     live: dict[int, _Playing] = field(default_factory=dict)
     depths: list[int] = field(default_factory=list)
     used: set[int] = field(default_factory=set)
+    look: Timer | None = None
+
+    @property
+    def watched(self) -> list[_Playing]:
+        return [playing for playing in self.live.values() if playing.request.chunk == 1]
 
 
 class ReplayEngine(Engine):
@@ -163,7 +164,8 @@ class ReplayEngine(Engine):
         playing.end = timeline.clock.call_at(
             playing.began + count / self.rate, lambda: self._end(timeline, request.node.id)
         )
-        self._plan_look(timeline, playing)
+        if request.chunk == 1:
+            self._plan_look(timeline, playing)
         return stream
 
     def _choose(self, timeline: _Timeline, request: Request) -> Recorded:
@@ -218,39 +220,42 @@ class ReplayEngine(Engine):
         place = bisect_left(timeline.depths, depth)
         if timeline.depths[place : place + 1] != [depth]:
             insort(timeline.depths, depth)
-        for other in timeline.live.values():
-            if other is not ended and other.watched:
-                self._look(timeline, other)
-        whole = ended.count == ended.sample.sampled_tokens
         self._drop(timeline, node)
+        self._look(timeline)
+        whole = ended.count == ended.sample.sampled_tokens
         self._push(ended, ended.count, ended.sample.finish_reason if whole else "length")
 
-    def _look(self, timeline: _Timeline, playing: _Playing) -> None:
-        self._push(playing, self._decoded(timeline, playing))
-        self._plan_look(timeline, playing)
+    def _look(self, timeline: _Timeline) -> None:
+        """Tell everyone who watches how far the generations are now."""
+        if timeline.look is not None:
+            timeline.look.cancel()
+        for playing in timeline.watched:
+            self._push(playing, self._decoded(timeline, playing))
+            self._plan_look(timeline, playing)
 
     def _plan_look(self, timeline: _Timeline, playing: _Playing) -> None:
-        """Tell the reader next when that can decide something.
+        """Look again when that can decide something about a generation.
 
         A delta for each token would be exact, and slow. But who is ahead by tokens changes only where this chain
         draws level with one that has ended, or passes it by one token (equal ones are ranked by index).
         """
-        if playing.look is not None:
-            playing.look.cancel()
-        if not playing.watched:
-            return
         depths, here = timeline.depths, playing.request.depth + self._decoded(timeline, playing)
-        level, passed = depths[bisect_right(depths, here) :][:1], depths[bisect_left(depths, here) :][:1]
-        after = min([*level, *(depth + 1 for depth in passed)], default=None)
+        level, passed = bisect_right(depths, here), bisect_left(depths, here)
+        after = min([*depths[level : level + 1], *(depth + 1 for depth in depths[passed : passed + 1])], default=None)
         if after is None or (tokens := after - playing.request.depth) >= playing.count:
             return
-        playing.look = timeline.clock.call_at(playing.began + tokens / self.rate, lambda: self._look(timeline, playing))
+        when, planned = playing.began + tokens / self.rate, timeline.look
+        if planned is None or planned.callback is None or when < planned.when:
+            if planned is not None:
+                planned.cancel()
+            timeline.look = timeline.clock.call_at(when, lambda: self._look(timeline))
 
     def _drop(self, timeline: _Timeline, node: int) -> _Playing:
         playing = timeline.live.pop(node)
-        for timer in (playing.end, playing.look):
-            if timer is not None:
-                timer.cancel()
+        if playing.end is not None:
+            playing.end.cancel()
+        if not timeline.live and timeline.look is not None:
+            timeline.look.cancel()
         return playing
 
     def _cancel(self, timeline: _Timeline, node: int) -> None:
