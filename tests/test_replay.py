@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 import orchestra
 from orchestra import Outcome, Thread, ThreadGraph, strategy
 from orchestra.errors import CapabilityError, OrchestraError, PromptError, UsageError
+from orchestra.graph import Edge
+from orchestra.runtime.clock import SimulatedClock
 from orchestra.runtime.connect import open_engine
-from orchestra.runtime.engine import Load
+from orchestra.runtime.engine import Load, Request, Sampling
 from orchestra.runtime.recording import Recording
 from orchestra.runtime.replay import ReplayEngine
 from orchestra.testing import ScriptedEngine, check_strategy
@@ -142,6 +144,70 @@ def test_a_staggered_race_is_decided_at_the_token_that_decides_it(engine: Any) -
     # 0 ends with 20; 1 is out when it has 20 too; 2 wins with 15; 3 is out at 15.
     assert charged(outcome) == [20, 20, 15, 15]
     assert (outcome.answer, outcome.usage.wall_seconds) == ("2", 20 + 20 + 15 + 15)
+
+
+def test_members_that_begin_at_different_times_are_out_at_their_own_token(engine: Any) -> None:
+    @strategy
+    async def staggered(thread: Thread) -> Thread:
+        async def work(branch: Thread) -> Thread:
+            clock, begin = thread._run.clock, asyncio.Event()
+            assert isinstance(clock, SimulatedClock)
+            clock.call_at([0.0, 8.0, 3.0][branch.path[-1]], begin.set)
+            await begin.wait()
+            return await branch.generate()
+
+        (winner,) = await thread.fork(3).race(work=work)
+        return winner
+
+    outcome = run(engine(10, 30, 30, rate=1), staggered())
+    # When the first ends the others have 2 and 7 tokens; each goes on until it has 10 as well, the second until 18.
+    assert charged(outcome) == [10, 10, 10]
+    assert [node.ended for node in outcome.graph.nodes if node.started is not None] == [10, 13, 18]
+    assert (outcome.answer, outcome.usage.wall_seconds) == ("0", 18)
+
+
+def test_what_a_member_waited_for_counts_in_the_race(engine: Any) -> None:
+    @strategy
+    async def waiting(thread: Thread) -> Thread:
+        before = thread.fork(1)[0].start()
+
+        async def work(branch: Thread) -> Thread:
+            if branch.path == (1,):
+                await before
+            return await branch.generate()
+
+        (winner,) = await thread.fork(2).race(work=work)
+        return winner
+
+    outcome = run(engine(6, 30, 10, rate=1), waiting())
+    assert charged(outcome) == [6, 5, 10]  # 6 + 5 is the first length with which fork 1 can no longer tie with 10
+    assert (outcome.answer, outcome.usage.critical_path_tokens, outcome.usage.wall_seconds) == ("2", 10, 11)
+
+
+def test_the_time_does_not_go_on_after_the_last_sample(engine: Any) -> None:
+    @strategy
+    async def idle(thread: Thread) -> Thread:
+        (winner,) = await thread.fork(2).race()
+        await asyncio.sleep(0.01)
+        return winner
+
+    assert run(engine(12, 30), idle()).usage.wall_seconds == 12 / RATE
+
+
+def test_releasing_a_run_cancels_what_runs_of_it(engine: Any) -> None:
+    replay = engine(100)
+
+    async def main() -> None:
+        graph = ThreadGraph()
+        root = graph.add(spans=[await replay.encode_prompt("go")])
+        node = graph.add([Edge(root.id, len(root))])
+        stream = replay.generate(Request(graph, node, Sampling()))
+        assert replay.load().requests == 1
+        await replay.close()
+        assert [delta.finish_reason async for delta in stream] == ["cancelled"]
+
+    asyncio.run(main())
+    at_rest(replay)
 
 
 def test_a_second_race_counts_from_where_it_begins(engine: Any) -> None:
