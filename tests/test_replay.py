@@ -70,6 +70,14 @@ def at_rest(engine: ReplayEngine) -> None:
     assert not engine._timelines
 
 
+async def passed(thread: Thread, seconds: float) -> None:
+    """Wait until so many seconds of the run have passed."""
+    clock, over = thread._run.clock, asyncio.Event()
+    assert isinstance(clock, SimulatedClock)
+    clock.call_at(seconds, over.set)
+    await over.wait()
+
+
 def charged(outcome: Outcome) -> list[int]:
     """Sampled tokens by fork index."""
     forks = [node for node in outcome.graph.nodes if node.started is not None]
@@ -150,10 +158,7 @@ def test_members_that_begin_at_different_times_are_out_at_their_own_token(engine
     @strategy
     async def staggered(thread: Thread) -> Thread:
         async def work(branch: Thread) -> Thread:
-            clock, begin = thread._run.clock, asyncio.Event()
-            assert isinstance(clock, SimulatedClock)
-            clock.call_at([0.0, 8.0, 3.0][branch.path[-1]], begin.set)
-            await begin.wait()
+            await passed(thread, [0, 8, 3][branch.path[-1]])
             return await branch.generate()
 
         (winner,) = await thread.fork(3).race(work=work)
@@ -174,14 +179,19 @@ def test_what_a_member_waited_for_counts_in_the_race(engine: Any) -> None:
         async def work(branch: Thread) -> Thread:
             if branch.path == (1,):
                 await before
+            elif branch.path == (3,):
+                await passed(thread, 8)
             return await branch.generate()
 
-        (winner,) = await thread.fork(2).race(work=work)
+        (winner,) = await thread.fork(3).race(work=work)
         return winner
 
-    outcome = run(engine(6, 30, 10, rate=1), waiting())
-    assert charged(outcome) == [6, 5, 10]  # 6 + 5 is the first length with which fork 1 can no longer tie with 10
-    assert (outcome.answer, outcome.usage.critical_path_tokens, outcome.usage.wall_seconds) == ("2", 10, 11)
+    outcome = run(engine(9, 30, 10, 30, rate=1), waiting())
+    # 9 + 2 is the first length with which fork 1 can no longer tie with the 10 of fork 2; fork 3 began at 8.
+    assert charged(outcome) == [9, 2, 10, 10]
+    ended = {tuple(node.path): node.ended for node in outcome.graph.nodes if node.started is not None}
+    assert ended == {(0,): 9, (1,): 11, (2,): 10, (3,): 18}
+    assert (outcome.answer, outcome.usage.critical_path_tokens, outcome.usage.wall_seconds) == ("2", 10, 18)
 
 
 def test_the_time_does_not_go_on_after_the_last_sample(engine: Any) -> None:
