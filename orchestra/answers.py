@@ -10,6 +10,8 @@ Extractor = Callable[[str], str | None]
 
 _MAX_CHARS = 200_000  # an answer stands near the end; this bounds the time on adversarial text
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"[{}]")
 _ANSWER_LINE = re.compile(r"(?im)^[^\S\n]*(?:the |final )*answer(?: is)?[^\S\n]*[:=][^\S\n]*(\S[^\n]*)")
 
 
@@ -36,12 +38,12 @@ def split_reasoning(text: str, start: str = "<think>", end: str = "</think>") ->
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last complete `\boxed{...}` (or `\fbox`), braces balanced; None if there is none."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
+    for opening in reversed(list(_BOX.finditer(text))):
         depth = 1
-        for i in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
+        for brace in _BRACE.finditer(text, opening.end()):
+            depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                return text[match.end() : i].strip()
+                return text[opening.end() : brace.start()].strip()
     return None
 
 

@@ -44,6 +44,12 @@ class Ledger:
         self._in_flight = 0
         self._changed = asyncio.Event()
 
+    @property
+    def counts(self) -> bool:
+        """Whether it limits anything but time: then every generation must ask it."""
+        budget = self.budget
+        return (budget.sampled_tokens, budget.critical_path_tokens, budget.requests) != (None, None, None)
+
     async def take(self, wanted: int | None) -> int | None:
         """Reserve up to `wanted` sampled tokens (None: as many as there are) for one request.
 

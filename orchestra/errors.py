@@ -46,6 +46,10 @@ class EngineError(OrchestraError):
     """The engine failed while it worked: a lost connection, a crashed step, no memory."""
 
 
+class EngineDown(EngineError):
+    """The engine cannot be reached any more: whatever else is asked of it would fail the same way."""
+
+
 class BudgetExceeded(OrchestraError):
     """A budget ended. `limit` names which one; the scope whose ledger it was turns it into `stopped_by`."""
 

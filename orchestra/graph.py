@@ -155,6 +155,20 @@ class ThreadGraph:
         self.nodes.append(node)
         return node
 
+    def add_siblings(
+        self, context: Iterable[Edge], *, waits: Iterable[int], paths: Iterable[Iterable[int]], engine: str = ""
+    ) -> list[Node]:
+        """Append empty nodes that differ in nothing but their path; at least one. See `add`."""
+        first, *others = paths
+        node = self.add(context, waits=waits, path=first, engine=engine)
+        nodes = [node]
+        for path in others:
+            nodes.append(
+                Node(len(self.nodes), node.context.copy(), node.waits.copy(), node.start, list(path), [], engine)
+            )
+            self.nodes.append(nodes[-1])
+        return nodes
+
     def _solid(self, context: Iterable[Edge]) -> list[Edge]:
         solid: dict[int, int] = {}
         for parent, length in context:

@@ -35,14 +35,20 @@ class Usage(BaseModel):
     @classmethod
     def of(cls, nodes: Iterable[Node], *, critical_path_tokens: int, wall_seconds: float) -> Usage:
         """Count `nodes`."""
-        nodes = list(nodes)
+        tokens = {"prompt": 0, "forced": 0, "sampled": 0}
+        cached = requests = 0
+        for node in nodes:
+            cached += node.cached_tokens
+            requests += node.started is not None
+            for span in node.spans:
+                tokens[span.origin] += span.count
         return cls(
-            prompt_tokens=sum(node.count("prompt") for node in nodes),
-            cached_tokens=sum(node.cached_tokens for node in nodes),
-            forced_tokens=sum(node.count("forced") for node in nodes),
-            sampled_tokens=sum(node.count("sampled") for node in nodes),
+            prompt_tokens=tokens["prompt"],
+            cached_tokens=cached,
+            forced_tokens=tokens["forced"],
+            sampled_tokens=tokens["sampled"],
             critical_path_tokens=critical_path_tokens,
-            requests=sum(node.started is not None for node in nodes),
+            requests=requests,
             wall_seconds=wall_seconds,
         )
 

@@ -231,6 +231,20 @@ class Run:
             owner.nodes.append(node)
         return node
 
+    def add_siblings(self, context: Sequence[Edge], paths: Sequence[Path], alias: str) -> list[Node]:
+        """Add empty nodes to be sampled into, which differ in nothing but their path."""
+        if len(context) > 1:
+            self._refuse_reuse(self.engine_for(alias))
+        behind = self.graph.view(context)
+        awaited = [n for n in frontier.get() if n not in behind]
+        nodes = self.graph.add_siblings(context, waits=awaited, paths=paths, engine=alias)
+        self._depth += [self.depth(self.graph.predecessors(nodes[0].id))] * len(nodes)
+        for owner in scope().chain:
+            owner.nodes += nodes
+        for node in nodes:
+            self._draw(node)
+        return nodes
+
     def settle(self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str) -> Node:
         """Add a node with nothing to sample: text that several threads share, or that is only scored."""
         node = self.add(context, spans, path, alias)
@@ -249,9 +263,8 @@ class Run:
         engine = self.engine_for(alias)
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise UsageError(f"max_tokens is at least 1, not {sampling.max_tokens}")
-        if len(context) > 1 and Capability.REUSE_JOIN not in engine.capabilities:
-            instead = "recorded samples cannot be continued; use" if engine.recorded else "use how='recompute' or"
-            raise CapabilityError(f"{engine.name} cannot join by reuse; {instead} a local: engine")
+        if len(context) > 1:
+            self._refuse_reuse(engine)
         within = scope()
         depth = self.depth(frontier.get() | {edge.parent for edge in context})
         levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
@@ -261,7 +274,7 @@ class Run:
             node = self.add(context, spans, path, alias)
             self._draw(node)
             limited = replace(sampling, max_tokens=reservation.granted)
-            if self._full(engine, node):
+            if self.full(engine, node):
                 return Generated(node, len(node), None, None)
             try:
                 with self.waiting_for(engine):
@@ -274,7 +287,13 @@ class Run:
         cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
         return Generated(node, len(node) - last.eos, last.matched, cut)
 
-    def _full(self, engine: Engine, node: Node) -> bool:
+    @staticmethod
+    def _refuse_reuse(engine: Engine) -> None:
+        if Capability.REUSE_JOIN not in engine.capabilities:
+            instead = "recorded samples cannot be continued; use" if engine.recorded else "use how='recompute' or"
+            raise CapabilityError(f"{engine.name} cannot join by reuse; {instead} a local: engine")
+
+    def full(self, engine: Engine, node: Node) -> bool:
         """Whether a thread has grown to the end of the context. It ends there, as if it had been sampled that far.
 
         A prompt that is too long by itself is the caller's mistake, and for the engine to refuse.
@@ -285,25 +304,24 @@ class Run:
         node.finish_reason = "length"
         return True
 
+    def deepen(self, node: Node, count: int) -> None:
+        """Note that tokens were sampled into a node."""
+        self._depth[node.id] += count
+
     def _draw(self, node: Node) -> None:
         """Claim the randomness at (path, position). Going on twice from one place is a fork in all but name."""
         if (tuple(node.path), node.end) in self._drawn:
             node.path = list(self.fork_path(tuple(node.path)))
         self._drawn.add((tuple(node.path), node.end))
 
+    def request(self, node: Node, sampling: Sampling, chunk: int = 0) -> Request:
+        """The request to fill `node`, which has been added."""
+        path, depth = tuple(node.path), self._depth[node.id]
+        return Request(self.graph, node, sampling, self.seed, path, chunk, depth, self.item, self.repeat)
+
     async def _sample(self, engine: Engine, node: Node, sampling: Sampling, within: Scope) -> Delta:
         watched = self.listener is not None or any(owner.on_progress for owner in within.chain)
-        request = Request(
-            self.graph,
-            node,
-            sampling,
-            self.seed,
-            tuple(node.path),
-            chunk=1 if watched else 16,
-            depth=self._depth[node.id],
-            item=self.item,
-            repeat=self.repeat,
-        )
+        request = self.request(node, sampling, chunk=1 if watched else 0)
         node.started = self.clock.now() - self.began
         self._emit("start", node, node.text)
         stream = engine.generate(request)
@@ -332,7 +350,7 @@ class Run:
             node.cached_tokens += last.cached_tokens
             node.notes.update(last.notes)
             node.finish_reason = last.finish_reason
-            self._depth[node.id] += last.count
+            self.deepen(node, last.count)
             for owner in within.chain:
                 owner.reached = max(owner.reached, self._depth[node.id])
                 if owner.on_progress:

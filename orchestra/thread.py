@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from orchestra import siblings
 from orchestra.answers import Reasoning, split_reasoning
 from orchestra.errors import BudgetExceeded, UsageError
 from orchestra.graph import Edge, Node, Span
@@ -14,6 +15,7 @@ from orchestra.group import Future, gather, member_of, race
 from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
+from orchestra.siblings import Each
 from orchestra.stem import Later, Stem, Text, copy, encode
 
 if TYPE_CHECKING:
@@ -66,11 +68,11 @@ class Thread:
     @property
     def answer(self) -> str | None:
         """The answer recorded with the last generation, else the one in the text, as the run's task extracts it."""
+        return self._answer_in(self.text)
+
+    def _answer_in(self, text: str) -> str | None:
         recorded: str | None = self._node.notes.get("answer") if self._node else None
-        if recorded is not None:
-            self._touch()
-            return recorded
-        return self._run.extract(self.text)
+        return self._run.extract(text) if recorded is None else recorded
 
     @property
     def finish_reason(self) -> str | None:
@@ -118,7 +120,16 @@ class Thread:
         if not texts:
             raise UsageError("a fork has at least one branch")
         base = self._rooted
-        return Threads(replace(base, path=self._run.fork_path(self.path)).append(text) for text in texts)
+        forks = (base._with(path=self._run.fork_path(self.path)) for _ in texts)
+        return Threads(forks if isinstance(what, int) else map(Thread.append, forks, texts))
+
+    def _with(self, **changes: Any) -> Thread:
+        """`dataclasses.replace` without its checks: groups have thousands of members."""
+        thread = object.__new__(Thread)
+        thread.__dict__.update(self.__dict__)
+        thread.__dict__.pop("_rooted", None)  # cached, and of the old one
+        thread.__dict__.update(changes)
+        return thread
 
     @cached_property
     def _rooted(self) -> Thread:
@@ -273,13 +284,14 @@ class Thread:
 
     def candidate(self, weight: float = 1.0) -> Candidate:
         """This thread as a candidate."""
+        text, logprobs = self.text, self.logprobs
         return Candidate(
-            text=self.text,
-            answer=self.answer,
+            text=text,
+            answer=self._answer_in(text),
             weight=weight,
             finish_reason=self.finish_reason,
             tokens=self.sampled_tokens,
-            logprob=self.logprob,
+            logprob=sum(logprobs) if logprobs else None,
         )
 
     def offer(self, candidate: Candidate) -> None:
@@ -305,9 +317,23 @@ class Threads(tuple[Thread, ...]):
         texts = [text] * len(self) if isinstance(text, str) else text
         return Threads(thread.append(piece) for thread, piece in zip(self, texts, strict=True))
 
-    async def generate(self, **sampling: Any) -> Threads:
-        """Generate on all; see `Thread.generate`."""
-        return Threads(await gather([thread.generate(**sampling) for thread in self]))
+    async def generate(self, *, each: Each | None = None, **sampling: Any) -> Threads:
+        """Generate on all; see `Thread.generate`.
+
+        Args:
+            each: called with index and thread of each that ends, as it ends.
+            sampling: as for one thread.
+        """
+        if self and siblings.alike(self, settings := self[0]._sampling(sampling)):
+            return Threads(await siblings.generate(self, settings, each))
+
+        async def one(index: int, thread: Thread) -> Thread:
+            grown = await thread.generate(**sampling)
+            if each is not None:
+                each(index, grown)
+            return grown
+
+        return Threads(await gather([one(index, thread) for index, thread in enumerate(self)]))
 
     async def run(self, strategy: Spec) -> list[Outcome]:
         """Run a strategy on each."""

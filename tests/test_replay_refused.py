@@ -80,8 +80,9 @@ async def stops(thread: Thread, sampling: dict[str, Any]) -> Thread:
         (twice(), "sample 0 of item 'sums/a' was asked for twice in one run"),
         ("self_consistency(samples=4)", r"sample 3 of item 'sums/a' was asked for, but samples.jsonl has 3 \(0 to 2\)"),
         (stops(sampling={"stop": "42"}), "recorded without the stop string '42' and goes on after it"),
-        (stops(sampling={"stop_ids": 3}), "stop_ids cannot be honoured"),
-        (stops(sampling={"top_logprobs": 2}), "top_logprobs cannot be honoured"),
+        (stops(sampling={"stop_ids": 3}), "no token ids and log-probabilities: no stop_ids for sample 0"),
+        (stops(sampling={"top_logprobs": 2}), "no top_logprobs for sample 0"),
+        (stops(sampling={"logprobs": True}), "no logprobs for sample 0"),
         (stops(sampling={"ignore_eos": True}), "ended by itself: ignore_eos cannot be honoured"),
     ],
 )

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from orchestra.errors import UsageError, one_of
 from orchestra.runtime.engine import Engine
+from orchestra.runtime.limits import Limits
 
 ENGINES: dict[str, str] = {
     "demo": "the embedded model, in process: no download, no GPU; it speaks Countdown and little else",
     "local:PATH_OR_ID?dtype=bfloat16&device=cuda": "in-process PyTorch on a Hugging Face causal model",
-    "sglang://HOST:PORT": "a running SGLang server (not in this version)",
-    "sglang:PATH_OR_ID?tp=2": "starts and owns an SGLang server (not in this version)",
-    "openai://HOST:PORT/v1?model=NAME": "any OpenAI-compatible server (not in this version)",
+    "sglang://HOST:PORT": "a running SGLang server, or several behind its router",
+    "sglang:PATH_OR_ID?tp=2": "starts and owns an SGLang server on this machine; its flags are parameters",
+    "openai://HOST:PORT/v1?model=NAME": "any OpenAI-compatible server; openais:// for TLS",
     "replay:FILE.jsonl?rate=50": "recorded samples on a simulated clock, so many tokens a second",
 }
 
-_LATER = ("sglang", "openai", "openais")
 _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "embedded"
 _EMBEDDED_HINT = "the embedded model speaks Countdown ('numbers: 3 7 8 12 target: 55') and little else"
+_LIMITS = tuple(Limits.__dataclass_fields__)
 
 
 def open_engine(url: str) -> Engine:
@@ -31,23 +33,30 @@ def open_engine(url: str) -> Engine:
         UsageError: no such engine, or a parameter that it does not have.
         MissingExtraError: its packages are not installed.
     """
-    scheme, _, rest = url.partition(":")
-    target, _, query = rest.partition("?")
-    if url.startswith("demo?"):
-        scheme, _, query = url.partition("?")
+    address, _, query = url.partition("?")
+    scheme, _, target = address.partition(":")
     parameters = dict(parse_qsl(query, keep_blank_values=True))
-    if scheme in _LATER:
-        raise UsageError(f"engine {url!r}: {scheme} engines are not in this version; use demo or local:PATH")
-    if scheme == "demo":
-        return _local("demo", str(_EMBEDDED), parameters, hint=_EMBEDDED_HINT)
-    if scheme == "local":
-        if not target:
-            raise UsageError("a local engine needs a model: local:PATH_OR_ID, such as local:./my-model?dtype=bfloat16")
-        return _local(f"local:{target}", target, parameters)
-    if scheme == "replay":
-        return _replay(target, parameters)
-    raise UsageError(one_of("engine", scheme, ("demo", "local", "replay", *_LATER)) + f", from {url!r}")
+    if scheme not in _OPENERS:
+        raise UsageError(one_of("engine", scheme, _OPENERS) + f", from {url!r}; see `orchestra engines`")
+    return _OPENERS[scheme](url, target, parameters)
 
+
+def _take(
+    parameters: dict[str, str], known: Mapping[str, Callable[[str], Any]], also: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Values of the known parameters; the others are refused (`also`: further names to list)."""
+    values: dict[str, Any] = {}
+    for key, text in parameters.items():
+        if key not in known:
+            raise UsageError(one_of("engine parameter", key, (*known, *also)))
+        try:
+            values[key] = known[key](text)
+        except ValueError:
+            raise UsageError(f"engine parameter {key} = {text!r} is not a number") from None
+    return values
+
+
+# -- in process --------------------------------------------------------------------------------------------------------
 
 _LOCAL: Mapping[str, Callable[[str], Any]] = {
     "dtype": str,
@@ -59,15 +68,20 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-def _local(name: str, model: str, parameters: Mapping[str, str], **fixed: Any) -> Engine:
-    values: dict[str, Any] = {}
-    for key, text in parameters.items():
-        if key not in _LOCAL:
-            raise UsageError(one_of("engine parameter", key, _LOCAL))
-        try:
-            values[key] = _LOCAL[key](text)
-        except ValueError:
-            raise UsageError(f"engine parameter {key} = {text!r} is not a number") from None
+def _demo(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    if target:
+        raise UsageError(f"the demo engine has one model: demo, not {url!r}; local:PATH_OR_ID takes another")
+    return _in_process("demo", str(_EMBEDDED), parameters, hint=_EMBEDDED_HINT)
+
+
+def _local(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    if not target:
+        raise UsageError("a local engine needs a model: local:PATH_OR_ID, such as local:./my-model?dtype=bfloat16")
+    return _in_process(f"local:{target}", target, parameters)
+
+
+def _in_process(name: str, model: str, parameters: dict[str, str], **fixed: Any) -> Engine:
+    values = _take(parameters, _LOCAL)
     from orchestra.extras import require
 
     require("torch", "transformers", what="an in-process engine", extra="local")
@@ -78,18 +92,128 @@ def _local(name: str, model: str, parameters: Mapping[str, str], **fixed: Any) -
     return engine
 
 
-def _replay(file: str, parameters: Mapping[str, str]) -> Engine:
-    from orchestra.runtime.replay import RATE, ReplayEngine
+# -- servers -----------------------------------------------------------------------------------------------------------
 
-    if not file:
+
+def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    if not target:
+        raise UsageError("an SGLang engine needs a server, sglang://HOST:PORT, or a model to serve, sglang:PATH_OR_ID")
+    limits, headers = Limits.take(parameters), _key(parameters, "SGLANG_API_KEY")
+    from orchestra.runtime.http import Server
+    from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine
+    from orchestra.runtime.sglang_server import FLAGS, SGLangServer
+
+    if target.startswith("//"):
+        where = _address(url, target)
+        options = _sglang_options(parameters, ("model", *_LIMITS, "key_file"))
+        return SGLangEngine(f"sglang://{where}", Server(f"http://{where}", limits, headers), **options)
+    flags = {name: parameters.pop(name) for name in list(parameters) if name in FLAGS}
+    options = _sglang_options(parameters, (*FLAGS, *_LIMITS))
+    process = SGLangServer(str(_EMBEDDED) if target == "demo" else target, flags=flags)
+    return OwnedSGLangEngine(f"sglang:{target}", process, Server(f"http://127.0.0.1:{process.port}", limits), **options)
+
+
+def _sglang_options(parameters: dict[str, str], also: tuple[str, ...]) -> dict[str, Any]:
+    model = {"model": parameters.pop("model")} if "model" in parameters and "model" in also else {}
+    values = _take(parameters, {"n": _group, "interval": int, "tokenizer": str}, also)
+    if "n" in values:
+        values["group"] = values.pop("n")
+    return values | model
+
+
+def _openai(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    where = _address(url, target)
+    path = urlsplit(target).path.rstrip("/") or "/v1"
+    limits, headers = Limits.take(parameters), _key(parameters, "OPENAI_API_KEY")
+    known: dict[str, Callable[[str], Any]] = {"model": str, "n": _group}
+    known |= {"api": _one_of("auto", "chat", "completions"), "continue": _one_of("on", "off")}
+    values = _take(parameters, known, (*_LIMITS, "key_file"))
+    from orchestra.runtime.http import Server
+    from orchestra.runtime.openai import OpenAIEngine
+
+    scheme = url.partition(":")[0]
+    return OpenAIEngine(
+        f"{scheme}://{where}{path}",
+        Server(f"{'https' if scheme == 'openais' else 'http'}://{where}", limits, headers),
+        prefix=path,
+        model=values.get("model", ""),
+        api=values.get("api", "auto"),
+        group=values.get("n", 256),
+        continues=values.get("continue") == "on",
+    )
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def chosen(text: str) -> str:
+        if text not in choices:
+            raise UsageError(f"an engine parameter is one of {', '.join(choices)}, not {text!r}")
+        return text
+
+    return chosen
+
+
+def _address(url: str, target: str) -> str:
+    """HOST:PORT of a server's URL.
+
+    Raises:
+        UsageError: there is none, or it holds a key.
+    """
+    parts = urlsplit(target)
+    if parts.username is not None:
+        raise UsageError("an engine URL holds no key: put it into the environment, or into a file (key_file=PATH)")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if not parts.hostname or (port is None and ":" in parts.netloc):
+        raise UsageError(f"engine {url!r} names no HOST:PORT, such as {url.partition(':')[0]}://127.0.0.1:30000")
+    return parts.netloc
+
+
+def _group(text: str) -> int:
+    return 1 if text == "off" else int(text)
+
+
+def _key(parameters: dict[str, str], variable: str) -> dict[str, str]:
+    """The header with the API key from a file or the environment; nothing when there is none.
+
+    Raises:
+        UsageError: the key is in the URL, or its file cannot be read.
+    """
+    for name in ("key", "api_key", "token"):
+        if name in parameters:
+            raise UsageError(f"an engine URL holds no key: put it into {variable}, or into a file (key_file=PATH)")
+    path = parameters.pop("key_file", None)
+    try:
+        key = Path(path).expanduser().read_text(encoding="utf-8").strip() if path else os.environ.get(variable, "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read key_file {path}: {getattr(error, 'strerror', None) or error}") from error
+    if path and not key:
+        raise UsageError(f"key_file {path} is empty")
+    if not key.isprintable():
+        raise UsageError(f"the key in {path or variable} is more than one line")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+# -- recorded ----------------------------------------------------------------------------------------------------------
+
+
+def _replay(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    if not target:
         raise UsageError(
             "a replay engine needs recorded samples: replay:FILE.jsonl, such as replay:runs/A/samples.jsonl"
         )
-    for key in parameters:
-        if key != "rate":
-            raise UsageError(one_of("engine parameter", key, ("rate",)))
-    try:
-        rate = float(parameters.get("rate", RATE))
-    except ValueError:
-        raise UsageError(f"engine parameter rate = {parameters['rate']!r} is not a number") from None
-    return ReplayEngine(file, rate=rate)
+    values = _take(parameters, {"rate": float})
+    from orchestra.runtime.replay import ReplayEngine
+
+    return ReplayEngine(target, **values)
+
+
+_OPENERS: Mapping[str, Callable[[str, str, dict[str, str]], Engine]] = {
+    "demo": _demo,
+    "local": _local,
+    "sglang": _sglang,
+    "openai": _openai,
+    "openais": _openai,
+    "replay": _replay,
+}

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
@@ -46,6 +47,7 @@ class Sampling:
         stop: strings that end the generation; the stop string stays in the text.
         stop_ids: token ids that do the same.
         ignore_eos: go on after the model's end-of-sequence token.
+        logprobs: report log-probabilities; engines for which they cost nothing always do.
         top_logprobs: how many alternatives to report per token.
     """
 
@@ -57,6 +59,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: bool = False
     top_logprobs: int = 0
 
 
@@ -73,7 +76,7 @@ class Request:
         sampling: see `Sampling`.
         seed: the run's seed.
         path: the thread's fork path.
-        chunk: wake the reader every so many tokens (1 for races and live views).
+        chunk: wake the reader every so many tokens (1 for races and live views); 0: nobody looks before the end.
         depth: sampled tokens on the heaviest chain that ends where the node begins: its clock in a race by tokens.
         item: the evaluation's item that the run works on, as `TASK/ID` or `ID`; empty if it is none.
         repeat: which of the item's samples the run is.
@@ -84,7 +87,7 @@ class Request:
     sampling: Sampling
     seed: int = 0
     path: tuple[int, ...] = ()
-    chunk: int = 16
+    chunk: int = 0
     depth: int = 0
     item: str = ""
     repeat: int = 0
@@ -104,11 +107,12 @@ class Delta:
         count: number of sampled tokens.
         text: their text. Held back while a character is incomplete.
         logprobs: raw log-probabilities of the sampled tokens (nats, temperature 1, nothing truncated).
-        top: per token the alternatives `{id: logprob}`, when asked for.
+        top: per token the alternatives `{id: raw logprob}`, when asked for.
         finish_reason: set on the last delta: `stop`, `length` or `cancelled`.
         matched: the stop string or id that ended it; None for end-of-sequence.
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
+        tempered: `logprobs` under softmax(logits / temperature) instead, where the engine knows it.
         notes: what the engine knows besides, for `Node.notes` (JSON values).
     """
 
@@ -121,6 +125,7 @@ class Delta:
     matched: str | int | None = None
     eos: bool = False
     cached_tokens: int = 0
+    tempered: list[float] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, later: Delta) -> None:
@@ -129,6 +134,7 @@ class Delta:
         self.count += later.count
         self.text += later.text
         self.logprobs += later.logprobs
+        self.tempered += later.tempered
         self.top += later.top
         self.finish_reason = later.finish_reason
         self.matched = later.matched
@@ -152,17 +158,37 @@ class Stream:
         self._error: BaseException | None = None
         self._ended = False
         self._ready = asyncio.Event()
+        self._when_ended: Callable[[], None] | None = None
 
     def push(self, delta: Delta) -> None:
         """Engine side: add a delta; the reader wakes when a chunk is full or the generation has ended."""
         self._pending.merge(delta)
-        if self._pending.count >= self._chunk or delta.finish_reason:
+        if delta.finish_reason:
+            self._end()
+        elif 0 < self._chunk <= self._pending.count:
             self._ready.set()
 
     def fail(self, error: BaseException) -> None:
         """Engine side: end with an error, after what is pending."""
         self._error = error
+        self._end()
+
+    def _end(self) -> None:
         self._ready.set()
+        if self._when_ended is not None:
+            self._when_ended()
+
+    def when_ended(self, call: Callable[[int], None], index: int) -> None:
+        """Reader side: instead of reading delta by delta, be called once with `index` when all is there."""
+        self._when_ended = partial(call, index)
+        if self._error is not None or self._pending.finish_reason:
+            self._when_ended()
+
+    def taken(self) -> tuple[Delta, BaseException | None]:
+        """Reader side, after `when_ended` has called: everything as one delta, and the error that ended it."""
+        self._ended = True
+        delta, self._pending = self._pending, Delta()
+        return delta, self._error
 
     def cancel(self) -> None:
         """Reader side: ask the engine to stop. The stream still ends by itself, with `finish_reason` `cancelled`."""
@@ -248,6 +274,10 @@ class Engine(abc.ABC):
 
         The stream may raise `PromptError` (context longer than the model's) and `EngineError`.
         """
+
+    def generate_group(self, requests: Sequence[Request]) -> list[Stream]:
+        """Start generations that differ in nothing but their node and path; engines may serve them together."""
+        return [self.generate(request) for request in requests]
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """Log-probability (nats) of every token of `node` in its context; 0 for a root's first token.

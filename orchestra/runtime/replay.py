@@ -297,9 +297,9 @@ _INSTEAD = "recorded samples cannot be continued; use a local: engine"
 def _check_sampling(request: Request, sample: Recorded, what: str) -> None:
     """Refuse settings under which this sample could not have come out; how it was drawn was fixed when it was."""
     sampling = request.sampling
-    if sampling.stop_ids or sampling.top_logprobs:
-        name = "stop_ids" if sampling.stop_ids else "top_logprobs"
-        raise CapabilityError(f"a replayed sample has no token ids and no log-probabilities: {name} cannot be honoured")
+    for name in ("stop_ids", "logprobs", "top_logprobs"):
+        if getattr(sampling, name):
+            raise CapabilityError(f"a replayed sample has no token ids and log-probabilities: no {name} for {what}")
     if sampling.ignore_eos and sample.finish_reason == "stop":
         raise CapabilityError(f"{what} ended by itself: ignore_eos cannot be honoured; use a local: engine")
     for stop in sampling.stop:

@@ -10,6 +10,7 @@ from pydantic import Field
 from orchestra.outcome import Candidate
 from orchestra.runtime.engine import Capability
 from orchestra.strategies.sampling import SamplingStrategy
+from orchestra.thread import Thread, Threads
 
 
 class BestOf(SamplingStrategy):
@@ -30,6 +31,10 @@ class BestOf(SamplingStrategy):
     def requirements(self) -> frozenset[Capability]:
         """Log-probabilities, unless a reward function scores."""
         return super().requirements() | (frozenset() if self.reward else frozenset({Capability.LOGPROBS}))
+
+    def branches(self, thread: Thread) -> Threads:
+        """Forks whose log-probabilities are reported, if they are what scores."""
+        return super().branches(thread if self.reward else thread.using(logprobs=True))
 
     def weigh(self, candidate: Candidate) -> float:
         """The score."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from orchestra.strategies.base import Strategy
@@ -25,6 +27,13 @@ class Sample(Strategy):
 
     async def __call__(self, thread: Thread) -> Thread:
         """Generate once."""
-        return await thread.generate(
-            temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens, stop=self.stop or None
-        )
+        return await thread.generate(**self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What it sets of `Sampling`; None where it sets nothing."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop or None,
+        }

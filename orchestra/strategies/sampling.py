@@ -42,10 +42,24 @@ class SamplingStrategy(Strategy):
         branch.offer(candidate)
         return candidate
 
+    async def draw_all(self, branches: Threads) -> list[Candidate]:
+        """Draw on all branches side by side; plain samples as one group, which an engine may serve with one request."""
+        if type(self.drafts) is not Sample:
+            return await branches.map(self.draw)
+        drawn: dict[int, Candidate] = {}
+
+        def offer(index: int, branch: Thread) -> None:
+            candidate = drawn[index] = branch.candidate()
+            candidate.weight = self.weigh(candidate)
+            branch.offer(candidate)
+
+        await branches.generate(each=offer, **self.drafts.settings())
+        return [drawn[index] for index in range(len(branches))]
+
     def weigh(self, candidate: Candidate) -> float:
         """What a sample counts for in the choice."""
         return 1.0
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Draw all samples side by side, then choose."""
-        return self.conclude(await self.branches(thread).map(self.draw))
+        return self.conclude(await self.draw_all(self.branches(thread)))

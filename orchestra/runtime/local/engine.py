@@ -24,6 +24,8 @@ from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
 from orchestra.runtime.local.worker import Worker
 
+_CHUNK = 16  # tokens from the worker's thread at a time, when nobody looks at them one by one
+
 
 class LocalEngine(Engine):
     """Runs a causal language model in this process. The model is loaded on first use, or by `open`.
@@ -86,7 +88,7 @@ class LocalEngine(Engine):
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
                 model = load_model(self.source, self.dtype, self.device)
-                self._model, self._prompts = model, Prompts(model, self.hint)
+                self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint)
                 self.context_length = model.context
                 self._worker = Worker(Scheduler(model, *self._scheduling))
             return self._model, self._prompts, self._worker
@@ -154,7 +156,7 @@ class LocalEngine(Engine):
             endings,
             stream,
             asyncio.get_running_loop(),
-            max(1, request.chunk),
+            request.chunk or _CHUNK,
             Detokenizer(prompts.decode, forced or _last_tokens(graph, before)),
             Finder(stops) if stops else None,
         )

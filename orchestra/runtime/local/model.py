@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from orchestra.errors import EngineError, UsageError
 from orchestra.runtime.attention.plan import Chunk, Plan, Write
 from orchestra.runtime.local.segments import Memory
+from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
 
 ATTENTION = "orchestra_segments"
 """Name of our function in the transformers attention interface."""
@@ -167,13 +165,13 @@ def load_model(source: str, dtype: str, device: str) -> LoadedModel:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
-    local = _local_folder(source)
-    config = _read(lambda: transformers.AutoConfig.from_pretrained(source, local_files_only=local), source)
+    local = local_folder(source)
+    config = read(lambda: transformers.AutoConfig.from_pretrained(source, local_files_only=local), source)
     if (reason := refusal(config)) is not None:
         raise UsageError(f"the in-process engine cannot run {source} ({config.model_type}): it has {reason}")
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, segment_attention)
-    tokenizer = _read(lambda: transformers.AutoTokenizer.from_pretrained(source, local_files_only=local), source)
-    module = _read(
+    tokenizer = load_tokenizer(source)
+    module = read(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
             source,
             config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
@@ -212,44 +210,14 @@ def _probe(model: LoadedModel) -> None:
 
 def load_plain(source: str, dtype: str = "float32", attention: str = "sdpa") -> Any:
     """The same model with its own attention: the oracle of the parity law."""
-    local = _local_folder(source)
-    module = _read(
+    local = local_folder(source)
+    module = read(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=local
         ),
         source,
     )
     return module.eval().requires_grad_(False)
-
-
-def _local_folder(source: str) -> bool:
-    """Whether the source is a folder; then the network is never asked."""
-    path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or os.sep not in source
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"{source} is not a model folder: it has no config.json")
-        return True
-    if path.exists():
-        raise UsageError(f"{source} is a file, not a model folder")
-    if looks_local:
-        raise UsageError(f"no model folder {source!r} (a Hugging Face id has the form owner/name)")
-    return False
-
-
-def _read(load: Callable[[], Any], source: str) -> Any:
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    try:
-        transformers.utils.logging.disable_progress_bar()
-        return load()
-    except UsageError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())
-        raise UsageError(f"cannot load {source}: {line[:300]}") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _eos(module: Any, tokenizer: Any) -> frozenset[int]:

@@ -7,7 +7,6 @@ from typing import Any
 from orchestra.errors import PromptError
 from orchestra.graph import Span
 from orchestra.runtime.engine import Prompt
-from orchestra.runtime.local.model import LoadedModel
 
 OTHERS = "other engines: local:PATH_OR_ID, sglang://HOST:PORT, openai://HOST:PORT/v1?model=NAME"
 
@@ -16,16 +15,17 @@ class Prompts:
     """Encodes for one model.
 
     Args:
-        model: whose tokenizer to use.
+        tokenizer: a Hugging Face tokenizer.
+        context: most tokens that the model takes.
         hint: appended to the error for words outside the vocabulary.
 
     Attributes:
         special: text of special tokens to their ids; `decode` skips them.
     """
 
-    def __init__(self, model: LoadedModel, hint: str = "") -> None:
-        self._tokenizer = model.tokenizer
-        self._context = model.context
+    def __init__(self, tokenizer: Any, context: int, hint: str = "") -> None:
+        self._tokenizer = tokenizer
+        self._context = context
         self._hint = f" ({hint})" if hint else ""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "decode") else None

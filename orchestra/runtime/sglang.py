@@ -1,0 +1,334 @@
+"""A running SGLang server through its native API: token ids in and out.
+
+Facts about that API that this file rests on (SGLang 0.5.20): streams are cumulative unless the server was started with
+`--incremental-streaming-output`; `/abort_request` answers the aborted stream with what was decoded; equal samples
+asked for by `n` get request ids of the server's own, so they can only be aborted together, by closing the connection;
+log-probabilities of sampled tokens are those of softmax(logits / temperature) unless the server was started with
+SGLANG_RETURN_ORIGINAL_LOGPROB=1, those of given tokens are always the model's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
+from orchestra.extras import require
+from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.engine import Capability, Delta, Prompt, Request
+from orchestra.runtime.http import Fault, Refused, Server, decode, events
+from orchestra.runtime.remote import Call, RemoteEngine, Sample
+from orchestra.runtime.sglang_server import SGLangServer
+from orchestra.runtime.sglang_wire import Reading, alternatives, settings
+from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
+
+QUIET_INTERVAL = 256  # tokens between signs of life of a generation that nobody watches
+_WATCHED_CHUNKS = 256  # most chunks of a cumulative stream: its bytes grow with tokens x chunks
+_NO_LIMIT = 2**31 - 1
+_NEIGHBOURS = 8  # ids before a text that may change how its first characters are decoded
+
+
+class SGLangEngine(RemoteEngine):
+    """Generates on one SGLang server, or on several behind its router.
+
+    Args:
+        name: as errors and manifests say it.
+        server: the way to it.
+        model: what the server must serve; empty for anything.
+        group: most samples of one request (`n`); 1 sends each by itself.
+        interval: tokens between two chunks of a watched stream; 0: one where streams are incremental, else more for
+            longer generations.
+        tokenizer: folder or Hugging Face id of a tokenizer to use here; empty: the server encodes.
+    """
+
+    capabilities = frozenset(
+        {Capability.CONTINUE, Capability.LOGPROBS, Capability.TOP_LOGPROBS, Capability.SCORE, Capability.CUT}
+    )
+
+    def __init__(
+        self,
+        name: str,
+        server: Server,
+        *,
+        model: str = "",
+        group: int = 256,
+        interval: int = 0,
+        tokenizer: str = "",
+    ) -> None:
+        super().__init__(name, server)
+        self.group = group
+        self._model, self._interval = model, interval
+        self._server_tokens = ServerTokens(server)
+        self._tokens: Tokens = self._server_tokens
+        self._tokenizer = tokenizer
+        self._incremental = False
+        self._facts: dict[str, Any] = {}
+        self._contexts = Contexts(name, server)
+        self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
+
+    # -- meeting the server ------------------------------------------------------------------------------------------
+
+    async def _meet(self) -> None:
+        models = await self.server.ask("GET", "/v1/models")
+        try:
+            served = {str(model["id"]): model for model in models["data"]}
+            chosen = served[self._model] if self._model in served else next(iter(served.values()))
+        except (KeyError, TypeError, StopIteration) as error:
+            raise EngineError(f"{self.name} does not answer like an SGLang server") from error
+        if self._model and self._model not in served:
+            raise UsageError(f"{self.name} serves {', '.join(served)}, not {self._model!r}")
+        info = await self._optional("/model_info", "/get_model_info")
+        state = await self._optional("/server_info", "/get_server_info")
+        if not info and not state:
+            raise UsageError(
+                f"{self.name} is no SGLang server; an OpenAI-compatible one is openai://{self.server.where}/v1"
+            )
+        limits = [chosen.get("max_model_len"), state.get("max_total_num_tokens")]
+        self.context_length = min((int(limit) for limit in limits if limit), default=None)
+        self._incremental = bool(state.get("incremental_streaming_output"))
+        if self._tokenizer:
+            require("transformers", what="a tokenizer in this process", extra="local")
+            self._tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _NO_LIMIT)
+        self._facts = {
+            "engine": "sglang",
+            "model": re.sub(r"^.*/(?=.)", "", str(chosen["id"])) if str(chosen["id"]).startswith("/") else chosen["id"],
+            "architecture": info.get("model_type"),
+            "weight_version": info.get("weight_version"),
+            "context_length": self.context_length,
+            "dtype": state.get("dtype"),
+            "sglang": state.get("version"),
+            "attention": state.get("attention_backend"),
+            "tensor_parallel": state.get("tp_size"),
+            "data_parallel": state.get("dp_size"),
+        }
+
+    async def _optional(self, *paths: str) -> dict[str, Any]:
+        """What the first of these paths that exists says; older servers and the router lack some."""
+        for path in paths:
+            try:
+                found = await self.server.ask("GET", path)
+            except Refused as refusal:
+                if refusal.status in (401, 403):
+                    raise
+                continue
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """See `Engine.facts`."""
+        return {key: value for key, value in (self._facts or {"engine": "sglang"}).items() if value is not None}
+
+    # -- tokens ------------------------------------------------------------------------------------------------------
+
+    async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
+        """See `Engine.encode_prompt`."""
+        return await self._encoded(self._tokens.prompt(prompt, template), self.context_length)
+
+    async def encode(self, text: str) -> Span:
+        """See `Engine.encode`."""
+        return await self._encoded(self._tokens.forced(text), None) if text else Span("forced")
+
+    async def _encoded(self, work: Any, limit: int | None) -> Span:
+        await self.open()
+        try:
+            span: Span = await work
+        except Refused as refusal:
+            raise PromptError(f"{self.name} refuses the prompt: {refusal}") from refusal
+        self._contexts.saw(span.tokens)
+        if limit is not None and span.count > limit:
+            raise PromptError(f"the prompt has {span.count} tokens; {self.name} has room for {limit}")
+        return span
+
+    async def release(self, graph: ThreadGraph) -> None:
+        """See `Engine.release`."""
+        await super().release(graph)
+        self._contexts.forget(graph)
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    async def _try(self, call: Call) -> None:
+        request = call.samples[0].request
+        sampling = request.sampling
+        wants_raw = (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
+        if wants_raw and self._tempered is None:
+            self._tempered = await self._reports_tempered(request)
+        body = await self._body(call)
+        reading = call.state = Reading(call.samples, self._incremental)
+        try:
+            async with self.server.request("POST", "/generate", body) as response:
+                async for batch in events(response):
+                    for sample, delta in reading.read(batch):
+                        if sample.resumed:
+                            await self._retell(sample, delta)
+                        if wants_raw and self._tempered:
+                            await self._add_raw(sample, delta)
+                        self._give(sample, delta)
+                    if not call.live:
+                        return
+        finally:
+            for sample in call.live:
+                self._keep(call, sample)
+
+    async def _body(self, call: Call) -> bytes:
+        request = call.samples[0].request
+        sampling = request.sampling
+        ids, count = await self._contexts.before(request.graph, request.node)
+        if not count:
+            raise PromptError("nothing to go on from: the prompt is empty")
+        room = _NO_LIMIT if self.context_length is None else self.context_length - count
+        if room < 1:
+            limit = self.context_length
+            raise PromptError(f"the prompt has {count} tokens; with the answer, {self.name} has room for {limit}")
+        most = min(sampling.max_tokens or room, room)
+        if done := call.samples[0].tokens:  # a broken stream goes on where it stopped
+            ids, most = f"{ids},{listed(tuple(done))}", most - len(done)
+        if request.chunk == 0:
+            interval = QUIET_INTERVAL
+        else:
+            interval = self._interval or max(request.chunk, 1 if self._incremental else most // _WATCHED_CHUNKS)
+        return (
+            f'{{"rid":"{call.rid}","input_ids":[{ids}],"stream":true,{settings(sampling)}'
+            f'"max_new_tokens":{most},"stream_interval":{interval},"n":{len(call.samples)}}}}}'
+        ).encode()
+
+    def _resumable(self, sample: Sample) -> bool:
+        return True
+
+    def _keep(self, call: Call, sample: Sample) -> None:
+        reading: Reading | None = call.state
+        if reading is not None and (delta := reading.rest(sample)) is not None:
+            if sample.resumed:
+                delta.text = ""  # told anew when it goes on
+            self._give(sample, delta)
+
+    async def _retell(self, sample: Sample, delta: Delta) -> None:
+        """Text and stop strings of a generation that was broken and goes on, from its ids.
+
+        The server sees what came before the break as prompt: it decodes no character across it, and finds no stop.
+        """
+        request = sample.request
+        before = last_ids(request.graph, request.node, _NEIGHBOURS)
+        [whole, start] = await self._decode([before + sample.tokens + delta.tokens, before])
+        text = whole[len(start) :]
+        crossing = [stop for stop in request.sampling.stop if stop in text]
+        if crossing and not (delta.finish_reason == "stop" and delta.matched is not None):
+            prefixes = [before + sample.tokens + delta.tokens[:k] for k in range(1, delta.count + 1)]
+            texts = [part[len(start) :] for part in await self._decode(prefixes)]
+            keep, stop = next((k, stop) for k, part in enumerate(texts, 1) for stop in crossing if stop in part)
+            text = texts[keep - 1]
+            for values in (delta.tokens, delta.logprobs, delta.tempered, delta.top):
+                del values[keep:]
+            delta.count, delta.finish_reason, delta.matched, delta.eos = keep, "stop", stop, False
+        if not delta.finish_reason:
+            text = text.rstrip("\ufffd")  # a character that is not complete yet
+        delta.text = text[len(sample.text) :]
+
+    async def _decode(self, lists: list[list[int]]) -> list[str]:
+        return await self.server.insist(lambda: self._server_tokens.decode(lists))
+
+    # -- log-probabilities -------------------------------------------------------------------------------------------
+
+    async def _reports_tempered(self, request: Request) -> bool:
+        """Whether the server reports log-probabilities at the sampling temperature: do they flatten with it?"""
+        ids, _ = await self._contexts.before(request.graph, request.node)
+        gaps: list[float] = []
+        for temperature in (1.0, 4.0):
+            meta = await self._meta(
+                f'{{"input_ids":[{ids}],"return_logprob":true,"top_logprobs_num":2,'
+                f'"sampling_params":{{"temperature":{temperature},"max_new_tokens":1,"ignore_eos":true}}}}'
+            )
+            (first, *_), (second, *_) = meta["output_top_logprobs"][0]
+            gaps.append(first - second)
+        return abs(gaps[1] - gaps[0] / 4) < abs(gaps[1] - gaps[0])
+
+    async def _add_raw(self, sample: Sample, delta: Delta) -> None:
+        """Put the model's own log-probabilities, from a scoring pass, where the server reported tempered ones."""
+        delta.logprobs, delta.top = [], []
+        if delta.finish_reason in ("stop", "length"):
+            request = sample.request
+            ids, count = await self._contexts.before(request.graph, request.node)
+            ids = f"{ids},{listed(tuple(sample.tokens + delta.tokens))}"
+            delta.logprobs, delta.top = await self._score(ids, count, request.sampling.top_logprobs)
+
+    async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
+        """See `Engine.score`."""
+        await self.open()
+        ids, count = await self._contexts.before(graph, node, whole=True)
+        if not len(node):
+            return []
+        if self.context_length is not None and count > self.context_length:
+            raise PromptError(f"{count} tokens to score; {self.name} has room for {self.context_length}")
+        async with self.server.gate:
+            scores, _ = await self._score(ids, count - len(node), 0)
+        return scores
+
+    async def _score(self, ids: str, start: int, top: int) -> tuple[list[float], list[Mapping[int, float]]]:
+        """The model's log-probabilities of the tokens from `start` on; 0 for a first token that nothing predicts."""
+        meta = await self._meta(
+            f'{{"input_ids":[{ids}],"return_logprob":true,"logprob_start_len":{max(0, start - 1)},'
+            f'"top_logprobs_num":{top},"sampling_params":{{"temperature":0,"max_new_tokens":0}}}}'
+        )
+        skip = 1 if start else 0
+        scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
+        tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
+        return scores, tops
+
+    async def _meta(self, body: str) -> Any:
+        """`meta_info` of a generation that is asked for whole."""
+
+        async def once() -> Any:
+            async with self.server.request("POST", "/generate", body.encode()) as response:
+                answer = decode(await response.read())
+            if not isinstance(answer, dict) or not isinstance(answer.get("meta_info"), dict):
+                raise Fault(f"it sent an answer of another shape: {str(answer)[:80]}")
+            return answer["meta_info"]
+
+        try:
+            return await self.server.insist(once)
+        except Refused as refusal:
+            raise self._refusal(refusal) from refusal
+
+    # -- ends --------------------------------------------------------------------------------------------------------
+
+    async def _abort(self, rid: str) -> None:
+        async with self.server.request("POST", "/abort_request", json.dumps({"rid": rid}).encode()):
+            pass
+
+    def _refusal(self, refusal: Refused) -> OrchestraError:
+        text = str(refusal)
+        if refusal.status in (401, 403):
+            return EngineError(f"{self.name} refuses the key: {text}; set SGLANG_API_KEY, or key_file= in the URL")
+        if "context length" in text or "longer than" in text or "vocab" in text:
+            return PromptError(f"{self.name}: {text}")
+        return super()._refusal(refusal)
+
+
+class OwnedSGLangEngine(SGLangEngine):
+    """Starts a server on this machine when it is opened, and ends it when it is closed.
+
+    Args:
+        process: the server, not started.
+        server: the way to it.
+        options: see `SGLangEngine`.
+    """
+
+    def __init__(self, name: str, process: SGLangServer, server: Server, **options: Any) -> None:
+        super().__init__(name, server, **options)
+        self._process = process
+
+    async def _meet(self) -> None:
+        try:
+            self._process.start()
+            await self._process.ready()
+            await super()._meet()
+        except BaseException:
+            await asyncio.to_thread(self._process.stop)
+            raise
+
+    async def close(self) -> None:
+        """See `Engine.close`; the server ends too."""
+        await super().close()
+        await asyncio.to_thread(self._process.stop)
