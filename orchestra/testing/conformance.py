@@ -111,7 +111,7 @@ class _Suite:
         """Nothing is left on the engine; some give back their slots shortly after the last delta."""
         try:
             async with asyncio.timeout(_SECONDS):
-                while _left(load := self.engine.load()) != _left(self.idle):
+                while _left(load := self.engine.load()) != _left(self.idle):  # noqa: ASYNC110 (there is no event)
                     await asyncio.sleep(0.01)
         except TimeoutError:
             raise AssertionError(f"after {name}: {load} is left on the engine, {self.idle} before") from None
