@@ -70,7 +70,8 @@ class Connection:
             settings: `seed` (default 0: the same run gives the same result), `budget` (a `Budget` or its spec),
                 `extract` (a function from text to answer), and sampling settings for all that the strategy generates
                 and does not set itself: `temperature`, `top_p`, `top_k`, `min_p`, `max_tokens`; `template` for the
-                chat template's own arguments.
+                chat template's own arguments; `item` (as `TASK/ID`, or `ID`) and `repeat` (default 0) for a
+                `replay:` engine: whose recorded samples, and which of them where the strategy does not fork.
 
         Raises:
             UsageError: a bad strategy, prompt or setting, or an engine that cannot do what the strategy needs.
@@ -101,13 +102,15 @@ class Connection:
         budget: Budget | str | None = None,
         extract: Extractor = extract_answer,
         template: Mapping[str, Any] | None = None,
+        item: str = "",
+        repeat: int = 0,
         **sampling: Any,
     ) -> Outcome:
         chosen = parse_strategy(strategy if not isinstance(strategy, Mapping) else dict(strategy))
         limits = parse_budget(budget) if isinstance(budget, str) else budget
         engine = self.engine
         aliases = {alias: other for alias, other in self._open.items() if alias}
-        async with Run(engine, seed, aliases, extract, listener) as run:
+        async with Run(engine, seed, aliases, extract, listener, item=item, repeat=repeat, prompt=prompt) as run:
             root = Thread.root(run, prompt, template=template).using(**sampling)
             return await execute(chosen, root, limits)
 

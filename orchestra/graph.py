@@ -64,6 +64,8 @@ class Node:
         started, ended: seconds since the run began; None when nothing ran here.
         finish_reason: `stop`, `length`, `cancelled`, `error`; `forced` for a node with nothing to sample.
         cached_tokens: context tokens whose keys and values an earlier request had left on the engine.
+        notes: what the engine knows besides (JSON values): of a recorded sample its `answer`, `thinking_tokens` and
+            `confidence`.
     """
 
     id: int
@@ -77,6 +79,7 @@ class Node:
     ended: float | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(span.count for span in self.spans)

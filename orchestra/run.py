@@ -8,8 +8,8 @@ drawing an edge. The *scope* is the innermost strategy at work; it counts nodes 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -19,7 +19,7 @@ from orchestra.budget import Budget, Ledger, Reservation
 from orchestra.concurrency import first_error, uninterrupted
 from orchestra.errors import BudgetExceeded, CapabilityError, UsageError, one_of
 from orchestra.graph import Edge, Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Engine, Request, Sampling, Stream
+from orchestra.runtime.engine import Capability, Delta, Engine, Prompt, Request, Sampling, Stream
 
 if TYPE_CHECKING:
     from orchestra.outcome import Candidate, Outcome
@@ -97,7 +97,7 @@ class Scope:
         self.ledger = Ledger(budget or Budget())
         self.nodes: list[Node] = []
         self.offers: list[Candidate] = [] if offers is None else offers
-        self.began = time.monotonic()
+        self.began = run.clock.now()
         self.base = self.reached = run.depth(frontier.get())
         self.on_progress: Callable[[], None] | None = None
 
@@ -124,6 +124,9 @@ class Run:
         seed: with fork path and position it determines everything random.
         extract: finds the answer in a text.
         listener: gets every `Event`.
+        item, repeat: of the evaluation; see `Request`.
+        prompt: what the run was asked; None if it is not known.
+        clock: what all its times are read from: its engine's.
     """
 
     engine: Engine
@@ -132,9 +135,13 @@ class Run:
     extract: Extractor = extract_answer
     listener: Callable[[Event], None] | None = None
     graph: ThreadGraph = field(default_factory=ThreadGraph)
+    item: str = ""
+    repeat: int = 0
+    prompt: Prompt | None = None
 
     def __post_init__(self) -> None:
-        self.began = time.monotonic()
+        self.clock = self.engine.clock(self.graph)
+        self.began = self.clock.now()
         self._group: asyncio.TaskGroup | None = None  # owns what `start` begins, while the run is open
         self._started: list[asyncio.Task[Any]] = []
         self._forks: dict[Path, int] = {}
@@ -181,6 +188,28 @@ class Run:
         if alias and alias not in self.engines:
             raise UsageError(one_of("engine alias", alias, self.engines) + "; name it in connect(..., engines={...})")
         return self.engines[alias] if alias else self.engine
+
+    def waiting_for(self, engine: Engine) -> AbstractContextManager[None]:
+        """While the body waits for `engine`: the run's clock stands still if that engine does not live by it."""
+        return nullcontext() if engine.clock(self.graph) is self.clock else self.clock.held()
+
+    async def encode_prompt(self, prompt: Prompt, alias: str, template: Mapping[str, Any]) -> Span:
+        """A prompt as a span of the engine of `alias`.
+
+        Raises:
+            PromptError: the engine cannot take it.
+            CapabilityError: the engine has recorded samples of the run's prompt, and this is another.
+        """
+        engine = self.engine_for(alias)
+        if engine.recorded:
+            if self.prompt is not None and prompt != self.prompt:
+                raise CapabilityError(
+                    f"{engine.name} has samples of the run's own prompt, not of one that a strategy writes; local:PATH "
+                    "can answer it"
+                )
+            template = {**template, "item": self.item}
+        with self.waiting_for(engine):
+            return await engine.encode_prompt(prompt, **template)
 
     def fork_path(self, path: Path) -> Path:
         """The next unused fork path under `path`: no two threads of a run share randomness by accident."""
@@ -248,7 +277,8 @@ class Run:
             if self.full(engine, node):
                 return Generated(node, len(node), None, None)
             try:
-                last = await self._sample(engine, node, limited, within)
+                with self.waiting_for(engine):
+                    last = await self._sample(engine, node, limited, within)
             finally:
                 used = node.count("sampled")
         finally:
@@ -260,7 +290,8 @@ class Run:
     @staticmethod
     def _refuse_reuse(engine: Engine) -> None:
         if Capability.REUSE_JOIN not in engine.capabilities:
-            raise CapabilityError(f"{engine.name} cannot join by reuse; use how='recompute' or a local: engine")
+            instead = "recorded samples cannot be continued; use" if engine.recorded else "use how='recompute' or"
+            raise CapabilityError(f"{engine.name} cannot join by reuse; {instead} a local: engine")
 
     def full(self, engine: Engine, node: Node) -> bool:
         """Whether a thread has grown to the end of the context. It ends there, as if it had been sampled that far.
@@ -283,10 +314,15 @@ class Run:
             node.path = list(self.fork_path(tuple(node.path)))
         self._drawn.add((tuple(node.path), node.end))
 
+    def request(self, node: Node, sampling: Sampling, chunk: int = 0) -> Request:
+        """The request to fill `node`, which has been added."""
+        path, depth = tuple(node.path), self._depth[node.id]
+        return Request(self.graph, node, sampling, self.seed, path, chunk, depth, self.item, self.repeat)
+
     async def _sample(self, engine: Engine, node: Node, sampling: Sampling, within: Scope) -> Delta:
         watched = self.listener is not None or any(owner.on_progress for owner in within.chain)
-        request = Request(self.graph, node, sampling, self.seed, tuple(node.path), 1 if watched else 0)
-        node.started = time.monotonic() - self.began
+        request = self.request(node, sampling, chunk=1 if watched else 0)
+        node.started = self.clock.now() - self.began
         self._emit("start", node, node.text)
         stream = engine.generate(request)
         sampled = Span("sampled")
@@ -301,7 +337,7 @@ class Run:
             node.finish_reason = "error"
             raise
         finally:
-            node.ended = time.monotonic() - self.began
+            node.ended = self.clock.now() - self.began
             self._emit("end", node)
 
     async def _read(self, stream: Stream, node: Node, sampled: Span, within: Scope) -> Delta:
@@ -312,6 +348,7 @@ class Run:
             sampled.text += last.text
             sampled.logprobs += last.logprobs
             node.cached_tokens += last.cached_tokens
+            node.notes.update(last.notes)
             node.finish_reason = last.finish_reason
             self.deepen(node, last.count)
             for owner in within.chain:

@@ -7,14 +7,13 @@ can ask its server for all of them in one request, and a sample costs microsecon
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from orchestra.concurrency import uninterrupted
 from orchestra.graph import Node, Span
 from orchestra.run import Run, frontier, scope
-from orchestra.runtime.engine import Delta, Request, Sampling, Stream
+from orchestra.runtime.engine import Delta, Sampling, Stream
 from orchestra.stem import Stem
 
 if TYPE_CHECKING:
@@ -53,14 +52,15 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, each: Each | N
             if each is not None:
                 each(index, thread)
         return grown
-    requests = [Request(run.graph, node, sampling, run.seed, tuple(node.path)) for node in nodes]
-    started = time.monotonic() - run.began
+    requests = [run.request(node, sampling) for node in nodes]
+    started = run.clock.now() - run.began
     for node in nodes:
         node.started = started
     frontier.set(frozenset(node.id for node in nodes))  # whoever looks at one comes after all
     reading = _Reading(run, threads, nodes, engine.generate_group(requests), each)
     try:
-        await reading.finish()
+        with run.waiting_for(engine):
+            await reading.finish()
     except asyncio.CancelledError:
         reading.cancel()
         await uninterrupted(reading.finish(quietly=True))
@@ -120,7 +120,8 @@ class _Reading:
         delta, error = self._streams[index].taken()
         node.spans.append(Span("sampled", delta.tokens, delta.count, delta.text, delta.logprobs))
         node.cached_tokens = delta.cached_tokens
-        node.ended = time.monotonic() - run.began
+        node.notes = delta.notes
+        node.ended = run.clock.now() - run.began
         run.deepen(node, delta.count)
         if error is not None:
             node.finish_reason = "error"

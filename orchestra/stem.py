@@ -58,8 +58,13 @@ class Stem:
 async def encode(run: Run, context: list[Edge], text: Sequence[Text], alias: str) -> list[Span]:
     """Token spans of `text`, each piece encoded by itself so that token boundaries do not depend on what comes next."""
     spans: list[Span] = []
+    engine = run.engine_for(alias)
     for piece in text:
-        spans += [await run.engine_for(alias).encode(piece)] if isinstance(piece, str) else await piece.spans(context)
+        if isinstance(piece, str):
+            with run.waiting_for(engine):
+                spans.append(await engine.encode(piece))
+        else:
+            spans += await piece.spans(context)
     return [span for span in spans if span.count or span.text]
 
 

@@ -67,8 +67,12 @@ class Thread:
 
     @property
     def answer(self) -> str | None:
-        """The answer in the text, as the run's task extracts it."""
-        return self._run.extract(self.text)
+        """The answer recorded with the last generation, else the one in the text, as the run's task extracts it."""
+        return self._answer_in(self.text)
+
+    def _answer_in(self, text: str) -> str | None:
+        recorded: str | None = self._node.notes.get("answer") if self._node else None
+        return self._run.extract(text) if recorded is None else recorded
 
     @property
     def finish_reason(self) -> str | None:
@@ -196,7 +200,9 @@ class Thread:
         before = await encode(self._run, edges, self._tail, self._alias)
         given = await encode(self._run, edges, (text,), self._alias)
         node = self._run.settle(edges, before + given, self.path, self._alias)
-        scores = await self._run.engine_for(self._alias).score(self._run.graph, node)
+        engine = self._run.engine_for(self._alias)
+        with self._run.waiting_for(engine):
+            scores = await engine.score(self._run.graph, node)
         return scores[sum(span.count for span in before) :]
 
     def spawn(self, prompts: Sequence[Prompt], engine: str | None = None) -> Threads:
@@ -222,7 +228,7 @@ class Thread:
         """A thread of `run` that begins with a prompt, which is encoded when it is first needed."""
 
         async def encoded(_: list[Edge]) -> list[Span]:
-            return [await run.engine_for(alias).encode_prompt(prompt, **(template or {}))]
+            return [await run.encode_prompt(prompt, alias, template or {})]
 
         return cls(run, Stem(run, (), (Later("", encoded),), path, alias), path, prompt, _alias=alias)
 
@@ -281,7 +287,7 @@ class Thread:
         text, logprobs = self.text, self.logprobs
         return Candidate(
             text=text,
-            answer=self._run.extract(text),
+            answer=self._answer_in(text),
             weight=weight,
             finish_reason=self.finish_reason,
             tokens=self.sampled_tokens,

@@ -111,6 +111,35 @@ def test_a_failing_engine_is_a_failed_sample_not_a_wrong_one() -> None:
     assert summary.items == 20
 
 
+@pytest.mark.parametrize(
+    ("finish_reason", "stopped_by", "expected"),
+    [
+        ("stop", None, "stop"),
+        ("stop", "requests", "stop"),  # whole, though others were cut off
+        ("length", None, "length"),
+        ("cancelled", None, "length"),
+        (None, "wall_seconds", "length"),
+        (None, None, "stop"),
+    ],
+)
+def test_a_record_says_whose_it_is_and_whether_it_is_whole(
+    finish_reason: str | None, stopped_by: str | None, expected: str
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Ending(FakeConnection):
+        async def run(self, *args: Any, item: str, repeat: int, **settings: Any) -> Outcome:
+            asked.append((item, repeat))
+            outcome = await super().run(*args, **settings)
+            return outcome.model_copy(update={"finish_reason": finish_reason, "stopped_by": stopped_by})
+
+    records = run(Ending(coin), plan(limit=2, repeats=2))
+    assert sorted(asked) == [("parity/n0", 0), ("parity/n0", 1), ("parity/n1", 0), ("parity/n1", 1)]
+    for record in records:
+        assert (record.task, record.finish_reason, record.stopped_by) == ("parity", expected, stopped_by)
+        assert record.sampled_tokens == record.usage.sampled_tokens > 0
+
+
 def test_what_cannot_be_graded_is_not_wrong() -> None:
     summary = summarise(plan(), run(FakeConnection(lambda p, _: "?" if "is 2 " in p else "yes"), plan()))
     assert summary.ungraded == 1

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from orchestra.concurrency import first_error
 from orchestra.errors import EngineError, UsageError
@@ -17,6 +17,7 @@ from orchestra.spec import parse_budget, parse_strategy
 
 if TYPE_CHECKING:
     from orchestra.api import Connection
+    from orchestra.outcome import Outcome
     from orchestra.runtime.engine import Engine
 
 _VERSIONED = ("orchestra-lm", "torch", "transformers", "tokenizers", "pydantic")
@@ -40,6 +41,12 @@ def manifest_of(plan: Plan, engine: Engine) -> Manifest:
         except importlib.metadata.PackageNotFoundError:
             continue
     return Manifest(plan=plan, facts=engine.facts(), versions=versions)
+
+
+def _end_of(outcome: Outcome) -> Literal["stop", "length"]:
+    """Whether a response is whole or was cut off: by a limit, or by a budget that ended its strategy."""
+    cut = outcome.finish_reason in ("length", "cancelled") or (outcome.stopped_by and outcome.finish_reason != "stop")
+    return "length" if cut else "stop"
 
 
 async def evaluate(
@@ -92,17 +99,21 @@ async def evaluate(
                 max_tokens=plan.max_tokens,
                 budget=budget,
                 extract=task.extract,
+                item=f"{plan.task}/{item.id}",
+                repeat=repeat,
             )
         except EngineError as error:
-            return Record(id=item.id, repeat=repeat, seed=seed, error=" ".join(str(error).split()))
+            failure = " ".join(str(error).split())
+            return Record(task=plan.task, id=item.id, repeat=repeat, seed=seed, error=failure)
         return Record(
+            task=plan.task,
             id=item.id,
             repeat=repeat,
             seed=seed,
             answer=outcome.answer,
             correct=task.grade(item, outcome.answer),
             text=outcome.text,
-            finish_reason=outcome.finish_reason,
+            finish_reason=_end_of(outcome),
             stopped_by=outcome.stopped_by,
             usage=outcome.usage,
         )

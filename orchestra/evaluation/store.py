@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from orchestra.errors import OrchestraError, UsageError
 from orchestra.outcome import Usage
@@ -26,19 +26,22 @@ Key = tuple[str, int]
 
 
 class Record(BaseModel):
-    """One finished item x repeat.
+    """One finished item x repeat. With `--strategy sample` it is a recorded sample, which `replay:` plays.
 
     Attributes:
+        task: name of the task; empty in folders of the first versions.
         id: the item.
         repeat: which of its samples, from 0.
         seed: the run's seed that produced it.
         answer: as extracted; None if there was none.
         correct: the grade; None when it could not be graded, or the sample failed.
         text: the response.
-        finish_reason, stopped_by, usage: as in `Outcome`.
+        finish_reason: `stop`, or `length` if it was cut off; None if it failed.
+        stopped_by, usage: as in `Outcome`.
         error: why it failed; a failed sample is not a wrong one.
     """
 
+    task: str = ""
     id: str
     repeat: int
     seed: int
@@ -49,6 +52,18 @@ class Record(BaseModel):
     stopped_by: str | None = None
     usage: Usage = Field(default_factory=Usage)
     error: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sampled_tokens(self) -> int:
+        """Of the usage, where every reader of recorded samples finds them."""
+        return self.usage.sampled_tokens
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def prompt_tokens(self) -> int:
+        """Likewise."""
+        return self.usage.prompt_tokens
 
     @property
     def key(self) -> Key:
@@ -120,7 +135,7 @@ class Manifest(BaseModel):
             elif name != "engine" and new[name] != value:
                 found.append(f"{name} {value!r} there, {new[name]!r} here")
         # The same model may lie elsewhere on another machine; engines that can tell give its fingerprint.
-        compared = ["fingerprint", "dtype"]
+        compared = ["fingerprint", "dtype", "rate"]
         if self.plan.engine != later.plan.engine and "fingerprint" not in self.facts:
             compared.append("model")
         for name in compared:

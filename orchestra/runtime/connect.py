@@ -18,7 +18,7 @@ ENGINES: dict[str, str] = {
     "sglang://HOST:PORT": "a running SGLang server, or several behind its router",
     "sglang:PATH_OR_ID?tp=2": "starts and owns an SGLang server on this machine; its flags are parameters",
     "openai://HOST:PORT/v1?model=NAME": "any OpenAI-compatible server; openais:// for TLS",
-    "replay:FILE.jsonl": "recorded samples on a simulated clock (not in this version)",
+    "replay:FILE.jsonl?rate=50": "recorded samples on a simulated clock, so many tokens a second",
 }
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "embedded"
@@ -195,8 +195,18 @@ def _key(parameters: dict[str, str], variable: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _later(url: str, target: str, parameters: dict[str, str]) -> Engine:
-    raise UsageError(f"engine {url!r} is not in this version")
+# -- recorded ----------------------------------------------------------------------------------------------------------
+
+
+def _replay(url: str, target: str, parameters: dict[str, str]) -> Engine:
+    if not target:
+        raise UsageError(
+            "a replay engine needs recorded samples: replay:FILE.jsonl, such as replay:runs/A/samples.jsonl"
+        )
+    values = _take(parameters, {"rate": float})
+    from orchestra.runtime.replay import ReplayEngine
+
+    return ReplayEngine(target, **values)
 
 
 _OPENERS: Mapping[str, Callable[[str, str, dict[str, str]], Engine]] = {
@@ -205,5 +215,5 @@ _OPENERS: Mapping[str, Callable[[str, str, dict[str, str]], Engine]] = {
     "sglang": _sglang,
     "openai": _openai,
     "openais": _openai,
-    "replay": _later,
+    "replay": _replay,
 }

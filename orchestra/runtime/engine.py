@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
+from orchestra.runtime.clock import REAL, Clock
 
 
 class Message(TypedDict):
@@ -76,6 +77,9 @@ class Request:
         seed: the run's seed.
         path: the thread's fork path.
         chunk: wake the reader every so many tokens (1 for races and live views); 0: nobody looks before the end.
+        depth: sampled tokens on the heaviest chain that ends where the node begins: its clock in a race by tokens.
+        item: the evaluation's item that the run works on, as `TASK/ID` or `ID`; empty if it is none.
+        repeat: which of the item's samples the run is.
     """
 
     graph: ThreadGraph
@@ -84,6 +88,9 @@ class Request:
     seed: int = 0
     path: tuple[int, ...] = ()
     chunk: int = 0
+    depth: int = 0
+    item: str = ""
+    repeat: int = 0
 
     @property
     def context(self) -> list[Edge]:
@@ -106,6 +113,7 @@ class Delta:
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
         tempered: `logprobs` under softmax(logits / temperature) instead, where the engine knows it.
+        notes: what the engine knows besides, for `Node.notes` (JSON values).
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -118,6 +126,7 @@ class Delta:
     eos: bool = False
     cached_tokens: int = 0
     tempered: list[float] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, later: Delta) -> None:
         """Append `later` in place."""
@@ -131,6 +140,7 @@ class Delta:
         self.matched = later.matched
         self.eos = later.eos
         self.cached_tokens += later.cached_tokens
+        self.notes.update(later.notes)
 
 
 class Stream:
@@ -229,11 +239,14 @@ class Engine(abc.ABC):
         name: how error messages and manifests name it.
         capabilities: what it can do; see `Capability`.
         context_length: most tokens along one path, None if unknown.
+        recorded: it has nothing but recorded samples of items. It is asked for the run's own prompt only, and
+            `encode_prompt` gets the run's `item` as a keyword.
     """
 
     name: str = "engine"
     capabilities: frozenset[Capability] = frozenset()
     context_length: int | None = None
+    recorded: bool = False
 
     async def open(self) -> Self:
         """Load what is loaded once. Optional: the first use does it, but here errors come early.
@@ -275,6 +288,10 @@ class Engine(abc.ABC):
         from orchestra.errors import CapabilityError
 
         raise CapabilityError(f"{self.name} cannot score given text")
+
+    def clock(self, graph: ThreadGraph) -> Clock:
+        """The clock that generations of the run live by. A simulated engine has one for each run, until `release`."""
+        return REAL
 
     async def release(self, graph: ThreadGraph) -> None:
         """Forget a run: cancel what still runs of it and free what is kept for it. Idempotent."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -155,18 +153,21 @@ def _require(chosen: Strategy, thread: Thread) -> None:
     engine = thread._run.engine_for(thread._alias)
     missing = sorted(chosen.requirements() - engine.capabilities)
     if missing:
-        raise CapabilityError(f"{chosen.name} needs {', '.join(missing)}, which {engine.name} cannot; local:PATH can")
+        why = " (recorded samples cannot be continued or scored)" if engine.recorded else ""
+        raise CapabilityError(
+            f"{chosen.name} needs {', '.join(missing)}, which {engine.name} cannot{why}; local:PATH can"
+        )
 
 
 async def _call(chosen: Strategy, thread: Thread, scope: Scope) -> Thread | Outcome:
     """Call the strategy within its wall-clock budget."""
     limit = scope.ledger.budget.wall_seconds
-    timer = asyncio.timeout(limit)
+    timer = None
     try:
-        async with timer:
+        async with thread._run.clock.timeout(limit) as timer:
             return await chosen(thread)
     except TimeoutError:
-        if not timer.expired():
+        if timer is None or not timer.expired():
             raise
         raise BudgetExceeded("wall_seconds", limit or 0, scope.ledger) from None
 
@@ -195,7 +196,7 @@ def _finish(result: Thread | Outcome, thread: Thread, scope: Scope, stopped: Bud
     outcome.usage = Usage.of(
         scope.nodes,
         critical_path_tokens=max(0, run.depth(frontier.get()) - scope.base),
-        wall_seconds=time.monotonic() - scope.began,
+        wall_seconds=run.clock.now() - scope.began,
     )
     outcome.graph = run.graph
     outcome.stopped_by = stopped.limit if stopped else outcome.stopped_by

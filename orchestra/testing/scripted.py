@@ -1,11 +1,10 @@
-"""A scripted engine: it plays given texts, one token a tick, for exact tests of control flow.
+"""A scripted engine: it plays given texts, one token a simulated second, for exact tests of control flow.
 
 It is a fake, and for state machines only: what a strategy does to a model is tested on a real engine.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from orchestra.errors import PromptError
 from orchestra.graph import Span, ThreadGraph
+from orchestra.runtime.clock import SimulatedClock, Timer
 from orchestra.runtime.engine import Capability, Delta, Engine, Load, Prompt, Request, Stream
 
 Script = Callable[[str, tuple[int, ...]], str]
@@ -26,12 +26,22 @@ class _Playing:
     request: Request
     stream: Stream
     words: list[str]
+    clock: SimulatedClock
+    began: float
     said: int = 0
     text: str = ""
+    timer: Timer | None = None
 
 
 class ScriptedEngine(Engine):
-    """Plays `script`. A token is a word with the white space before it; every live request says one a tick.
+    """Plays `script`. A token is a word with the white space before it; every live request says `rate` a second.
+
+    Nobody waits for those seconds: each run has a simulated clock, which its budgets and races read.
+
+    Args:
+        script: what it says.
+        reuse_join: whether it can join by reuse.
+        rate: tokens a request says in a simulated second.
 
     Attributes:
         requests: all requests so far, in order.
@@ -40,16 +50,17 @@ class ScriptedEngine(Engine):
     name = "scripted"
     capabilities = frozenset(Capability) - {Capability.SCORE, Capability.TOP_LOGPROBS}
 
-    def __init__(self, script: Script, *, reuse_join: bool = True) -> None:
+    def __init__(self, script: Script, *, reuse_join: bool = True, rate: float = 1.0) -> None:
         if not reuse_join:
             self.capabilities = self.capabilities - {Capability.REUSE_JOIN}
         self.requests: list[Request] = []
         self.released: list[ThreadGraph] = []
         self._script = script
         self._ids: dict[str, int] = {}
+        self._rate = rate
         self._live: list[_Playing] = []
         self._sampled = 0
-        self._player: asyncio.Task[None] | None = None
+        self._clocks: dict[int, tuple[ThreadGraph, SimulatedClock]] = {}  # by identity: graphs are compared by content
 
     def _span(self, origin: Any, text: str) -> Span:
         words = re.findall(r"\s*\S+|\s+$", text)
@@ -74,29 +85,44 @@ class ScriptedEngine(Engine):
         words = {index: word for word, index in self._ids.items()}
         context = "".join(words[token] for n, length in view.items() for token in graph.nodes[n].tokens[:length])
         reply = re.findall(r"\s*\S+|\s+$", self._script(context, request.path))
-        playing = _Playing(request, Stream(lambda: self._cancel(playing), request.chunk), reply)
+        clock = self.clock(graph)
+        stream = Stream(lambda: self._cancel(playing), request.chunk)
+        playing = _Playing(request, stream, reply, clock, clock.now())
         self.requests.append(request)
         self._live.append(playing)
-        if self._player is None or self._player.done():
-            self._player = asyncio.ensure_future(self._play())
-        return playing.stream
+        self._wait(playing)
+        return stream
+
+    def clock(self, graph: ThreadGraph) -> SimulatedClock:
+        """The run's own clock, from 0."""
+        return self._clocks.setdefault(id(graph), (graph, SimulatedClock()))[1]
 
     def _cancel(self, playing: _Playing) -> None:
         if playing in self._live:
-            self._live.remove(playing)
-            playing.stream.push(Delta(finish_reason="cancelled"))
+            due = playing.timer is not None and playing.timer.when <= playing.clock.now()
+            delta = self._next(playing) if due else Delta()  # a word of this very moment has been said
+            delta.finish_reason = "cancelled"
+            self._drop(playing)
+            playing.stream.push(delta)
 
-    async def _play(self) -> None:
-        while self._live:
-            for playing in list(self._live):
-                delta = self._tick(playing)
-                if delta.finish_reason:
-                    self._live.remove(playing)
-                playing.stream.push(delta)
-            for _ in range(10):  # let every reader, and the program behind it, run before the next tick
-                await asyncio.sleep(0)
+    def _drop(self, playing: _Playing) -> None:
+        self._live.remove(playing)
+        if playing.timer is not None:
+            playing.timer.cancel()
 
-    def _tick(self, playing: _Playing) -> Delta:
+    def _wait(self, playing: _Playing) -> None:
+        when = playing.began + (playing.said + 1) / self._rate
+        playing.timer = playing.clock.call_at(when, lambda: self._say(playing))
+
+    def _say(self, playing: _Playing) -> None:
+        delta = self._next(playing)
+        if delta.finish_reason:
+            self._drop(playing)
+        else:
+            self._wait(playing)
+        playing.stream.push(delta)
+
+    def _next(self, playing: _Playing) -> Delta:
         sampling = playing.request.sampling
         word = playing.words[playing.said] if playing.said < len(playing.words) else EOS
         eos = word.endswith(EOS)
@@ -114,7 +140,9 @@ class ScriptedEngine(Engine):
 
     async def release(self, graph: ThreadGraph) -> None:
         """Cancel what still runs of the run."""
-        self._live = [playing for playing in self._live if playing.request.graph is not graph]
+        for playing in [playing for playing in self._live if playing.request.graph is graph]:
+            self._drop(playing)
+        self._clocks.pop(id(graph), None)
         self.released.append(graph)
 
     def load(self) -> Load:
