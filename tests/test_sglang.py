@@ -65,15 +65,17 @@ SPECS = ["sample", "self_consistency(samples=4)", "first_finish(samples=4)", "be
          "spawn_join(children=3)", "first_finish(samples=2, drafts=spawn_join)", joined()]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("form", [SGLANG, OPENAI])
+ON_OPENAI = [(OPENAI, spec) for spec in ("self_consistency(samples=4)", "spawn_join(children=3)", joined())]
+
+
+@pytest.mark.parametrize(("form", "spec"), [*((SGLANG, spec) for spec in SPECS), *ON_OPENAI], ids=str)
 def test_greedy_text_is_that_of_the_in_process_engine(sglang_server, form: str, spec) -> None:
-    items = load_task("countdown", level="small", split="dev").items(3)
+    items = load_task("countdown", level="small", split="dev").items(2)
 
     async def main() -> list[bool]:
         here, there = open_engine("demo"), opened(form, sglang_server)
         try:
-            return [await check_agreement(here, there, spec, i.prompt, temperature=0, max_tokens=700) for i in items]
+            return [await check_agreement(here, there, spec, i.prompt, temperature=0, max_tokens=260) for i in items]
         finally:
             await here.close()
             await there.close()
@@ -87,7 +89,7 @@ def test_what_a_strategy_must_not_do(sglang_server, form: str) -> None:
         engine = opened(form, sglang_server)
         try:
             for spec in ("first_finish(samples=4)", "self_consistency(samples=3)", "spawn_join"):
-                await check_strategy(engine, spec, PROMPT, temperature=0.9, max_tokens=200)
+                await check_strategy(engine, spec, PROMPT, temperature=0.9, max_tokens=60)
         finally:
             await engine.close()
         assert await idle(sglang_server)
@@ -282,19 +284,19 @@ def test_a_generation_that_fills_the_context_ends_by_length(sglang_server) -> No
         engine = opened(SGLANG, sglang_server)
         await engine.open()
         graph = ThreadGraph()
-        ids = [1] + [27] * (engine.context_length - 5)
+        ids = [1] + [27] * (engine.context_length - 8)
         graph.add(spans=[Span("prompt", ids, len(ids), "...")])
         node = graph.add([Edge(0, len(ids))])
         whole = Delta()
         settings = Sampling(ignore_eos=True)
         async for delta in engine.generate(Request(graph, node, settings)):
             whole.merge(delta)
-        assert (whole.finish_reason, whole.count) == ("length", 4)
+        assert whole.finish_reason == "length"
+        assert 4 <= whole.count <= 8  # servers keep a few tokens of the context for themselves
         node.spans.append(Span("sampled", whole.tokens, whole.count, whole.text))
-        full = graph.add([Edge(node.id, 4)])
-        with pytest.raises(PromptError, match="has room for 4096"):
-            async for _ in engine.generate(Request(graph, full, replace(settings, max_tokens=3))):
-                pass
+        full = graph.add([Edge(node.id, whole.count)])  # longer than the server's longest input
+        [end] = [delta async for delta in engine.generate(Request(graph, full, replace(settings, max_tokens=3)))]
+        assert (end.finish_reason, end.count) == ("length", 0)
         await engine.close()
 
     asyncio.run(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING, Literal
 
 from orchestra.concurrency import first_error
-from orchestra.errors import EngineError, UsageError
+from orchestra.errors import EngineDown, EngineError, UsageError
 from orchestra.evaluation.store import Key, Manifest, Plan, Record
 from orchestra.evaluation.tasks import Item, Task
 from orchestra.spec import parse_budget, parse_strategy
@@ -61,8 +61,9 @@ async def evaluate(
 ) -> None:
     """Run all samples of `plan` but those in `skip`; `on_record` gets each as it finishes.
 
-    A sample whose engine fails becomes a record with an error. Whatever else goes wrong (a prompt that the engine
-    cannot take, a record that cannot be stored) ends the evaluation at once, cancels what runs, and is raised.
+    A sample whose engine fails becomes a record with an error. Whatever else goes wrong (a server that is gone for
+    good, a prompt that the engine cannot take, a record that cannot be stored) ends the evaluation at once, cancels
+    what runs, and is raised.
 
     Args:
         connection: an open connection.
@@ -102,6 +103,8 @@ async def evaluate(
                 item=f"{plan.task}/{item.id}",
                 repeat=repeat,
             )
+        except EngineDown:
+            raise
         except EngineError as error:
             failure = " ".join(str(error).split())
             return Record(task=plan.task, id=item.id, repeat=repeat, seed=seed, error=failure)

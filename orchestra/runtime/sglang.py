@@ -31,6 +31,10 @@ _NO_LIMIT = 2**31 - 1
 _NEIGHBOURS = 8  # ids before a text that may change how its first characters are decoded
 
 
+class Full(Exception):
+    """A thread has grown to the end of the context: it ends there, and nothing is wrong."""
+
+
 class SGLangEngine(RemoteEngine):
     """Generates on one SGLang server, or on several behind its router.
 
@@ -65,6 +69,7 @@ class SGLangEngine(RemoteEngine):
         self._tokens: Tokens = self._server_tokens
         self._tokenizer = tokenizer
         self._incremental = False
+        self._longest_input: int | None = None  # a few tokens below the context
         self._facts: dict[str, Any] = {}
         self._contexts = Contexts(name, server)
         self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
@@ -88,6 +93,8 @@ class SGLangEngine(RemoteEngine):
             )
         limits = [chosen.get("max_model_len"), state.get("max_total_num_tokens")]
         self.context_length = min((int(limit) for limit in limits if limit), default=None)
+        longest = state.get("max_req_input_len")
+        self._longest_input = longest - 1 if isinstance(longest, int) else None
         self._incremental = bool(state.get("incremental_streaming_output"))
         if self._tokenizer:
             require("transformers", what="a tokenizer in this process", extra="local")
@@ -125,7 +132,7 @@ class SGLangEngine(RemoteEngine):
 
     async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
         """See `Engine.encode_prompt`."""
-        return await self._encoded(self._tokens.prompt(prompt, template), self.context_length)
+        return await self._encoded(self._tokens.prompt(prompt, template), self._longest_input or self.context_length)
 
     async def encode(self, text: str) -> Span:
         """See `Engine.encode`."""
@@ -139,7 +146,7 @@ class SGLangEngine(RemoteEngine):
             raise PromptError(f"{self.name} refuses the prompt: {refusal}") from refusal
         self._contexts.saw(span.tokens)
         if limit is not None and span.count > limit:
-            raise PromptError(f"the prompt has {span.count} tokens; {self.name} has room for {limit}")
+            raise self._too_long(span.count)
         return span
 
     async def release(self, graph: ThreadGraph) -> None:
@@ -155,7 +162,12 @@ class SGLangEngine(RemoteEngine):
         wants_raw = (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
         if wants_raw and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
-        body = await self._body(call)
+        try:
+            body = await self._body(call)
+        except Full:
+            for sample in call.samples:
+                self._give(sample, Delta(finish_reason="length"))
+            return
         reading = call.state = Reading(call.samples, self._incremental)
         try:
             async with self.server.request("POST", "/generate", body) as response:
@@ -178,12 +190,10 @@ class SGLangEngine(RemoteEngine):
         ids, count = await self._contexts.before(request.graph, request.node)
         if not count:
             raise PromptError("nothing to go on from: the prompt is empty")
-        room = _NO_LIMIT if self.context_length is None else self.context_length - count
-        if room < 1:
-            limit = self.context_length
-            raise PromptError(f"the prompt has {count} tokens; with the answer, {self.name} has room for {limit}")
+        done = call.samples[0].tokens
+        room = self._room(request, count, len(done))
         most = min(sampling.max_tokens or room, room)
-        if done := call.samples[0].tokens:  # a broken stream goes on where it stopped
+        if done:  # a broken stream goes on where it stopped
             ids, most = f"{ids},{listed(tuple(done))}", most - len(done)
         if request.chunk == 0:
             interval = QUIET_INTERVAL
@@ -196,6 +206,25 @@ class SGLangEngine(RemoteEngine):
             f'{{"rid":{rid},"input_ids":[{ids}],"stream":true,{settings(sampling)}'
             f'"max_new_tokens":{most},"stream_interval":{interval},"n":{n}}}}}'
         ).encode()
+
+    def _room(self, request: Request, count: int, done: int) -> int:
+        """How many tokens may come after `count`, of which `done` have come.
+
+        Raises:
+            PromptError: none, because of the prompt.
+            Full: none, because the thread has grown so long.
+        """
+        limit = self.context_length or _NO_LIMIT
+        if count < limit and count + done <= (self._longest_input or limit):
+            return limit - count
+        if done or any(node.count("sampled") for node in request.graph.nodes):
+            raise Full
+        raise self._too_long(count)
+
+    def _too_long(self, count: int) -> PromptError:
+        most, context = self._longest_input, self.context_length
+        takes = f"takes {most} of its context of {context}" if most else f"has room for {context}, with the answer"
+        return PromptError(f"the prompt has {count} tokens; {self.name} {takes}")
 
     def _resumable(self, sample: Sample) -> bool:
         return True
@@ -304,7 +333,7 @@ class SGLangEngine(RemoteEngine):
         text = str(refusal)
         if refusal.status in (401, 403):
             return EngineError(f"{self.name} refuses the key: {text}; set SGLANG_API_KEY, or key_file= in the URL")
-        if "context length" in text or "longer than" in text or "vocab" in text:
+        if any(words in text for words in ("context length", "longer than", "maximum allowed length", "vocab")):
             return PromptError(f"{self.name}: {text}")
         return super()._refusal(refusal)
 
