@@ -71,7 +71,7 @@ class Server:
         self.where = urlsplit(base).netloc
         self.limits = limits
         self.gate = Gate(limits)
-        self._headers = dict(headers or {})
+        self.headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
         self._lost_at: float | None = None  # since when nothing has been heard of it
 
@@ -87,7 +87,7 @@ class Server:
                     sock_connect=min(_CONNECT_SECONDS, self.limits.timeout),
                     sock_read=self.limits.timeout,
                 ),
-                headers=self._headers,
+                headers=self.headers,
                 auto_decompress=True,
                 read_bufsize=2**18,
             )

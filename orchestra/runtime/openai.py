@@ -202,9 +202,11 @@ class OpenAIEngine(RemoteEngine):
     async def _try(self, call: Call) -> None:
         request = call.samples[0].request
         sampling = request.sampling
-        whole = request.chunk == 0 and sampling.max_tokens is not None and sampling.max_tokens <= _WHOLE_TOKENS
+        stops = () if self.flavour else sampling.stop
+        short = sampling.max_tokens is not None and sampling.max_tokens <= _WHOLE_TOKENS
+        whole = request.chunk == 0 and short and not stops
         path, body = await self._body(call, stream=not whole)
-        reading = Reading(call.samples)
+        reading = Reading(call.samples, stops)
         async with self._request(path, body) as response:
             if whole:
                 found = reading.read(decode(await response.read()))
@@ -213,6 +215,8 @@ class OpenAIEngine(RemoteEngine):
             async for batch in events(response):
                 for event in batch:
                     await self._give_all(reading.read(decode(event)), sampling)
+                if not call.live:
+                    return
             await self._give_all(reading.ends(), sampling)
 
     @asynccontextmanager
@@ -278,7 +282,7 @@ class OpenAIEngine(RemoteEngine):
         extras: dict[str, Any] = {}
         if sampling.top_p != 1.0:
             extras["top_p"] = sampling.top_p
-        if sampling.stop:
+        if sampling.stop and self.flavour:  # elsewhere they are looked for here
             extras["stop"] = list(sampling.stop)
         known = {
             "top_k": sampling.top_k or None,

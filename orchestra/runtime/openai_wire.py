@@ -17,10 +17,17 @@ class Reading:
     """One try of a call: where each of its samples is.
 
     Where the server tells no token ids, a chunk counts as one token until its `usage` says how many there were.
+
+    Args:
+        samples: in the order of the server's `index`.
+        stops: stop strings to look for here, for servers that would neither leave them in the text nor say which it
+            was.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[Sample], stops: Sequence[str] = ()) -> None:
         self._samples = list(samples)
+        self._stops = stops
+        self._before = max(map(len, stops), default=1) - 1
         self._began = [sample.count for sample in samples]
         self._thinking = [False] * len(samples)
         self._ends: dict[int, Delta] = {}
@@ -44,6 +51,9 @@ class Reading:
                 if sample.ended or index in self._ends:
                     continue
                 delta = self._delta(index, sample, choice)
+                if self._stops and self._stopped(sample, delta):
+                    yield sample, delta
+                    continue
                 reason = choice.get("finish_reason")
                 if reason is None:
                     yield sample, delta
@@ -86,6 +96,18 @@ class Reading:
         if logprobs and sample.request.sampling.logprobs:
             delta.logprobs = [float(value) for value in logprobs["token_logprobs"]]
         return delta
+
+    def _stopped(self, sample: Sample, delta: Delta) -> bool:
+        """End a delta at the first stop string that it completes."""
+        tail = sample.text[-self._before :] if self._before else ""
+        text = tail + delta.text
+        ends = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if not ends:
+            return False
+        end, _, delta.matched = min(ends)
+        delta.text = text[len(tail) : end]
+        delta.finish_reason = "stop"
+        return True
 
     def _channels(self, index: int, said: Mapping[str, Any]) -> str:
         """Reasoning and solution as one text, in the tags that the rest of the program knows."""

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
+from orchestra.errors import EngineError, OrchestraError, PromptError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.engine import Capability, Delta, Prompt, Request
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
+from orchestra.runtime.sglang_about import About, about
 from orchestra.runtime.sglang_server import SGLangServer
 from orchestra.runtime.sglang_wire import Reading, alternatives, settings
 from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
@@ -67,66 +68,60 @@ class SGLangEngine(RemoteEngine):
         self._model, self._interval = model, interval
         self._server_tokens = ServerTokens(server)
         self._tokens: Tokens = self._server_tokens
+        self._worker: Server | None = None  # behind a router
         self._tokenizer = tokenizer
         self._incremental = False
         self._longest_input: int | None = None  # a few tokens below the context
-        self._facts: dict[str, Any] = {}
+        self._facts: dict[str, Any] = {"engine": "sglang"}
         self._contexts = Contexts(name, server)
         self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
 
     # -- meeting the server ------------------------------------------------------------------------------------------
 
     async def _meet(self) -> None:
-        models = await self.server.ask("GET", "/v1/models")
-        try:
-            served = {str(model["id"]): model for model in models["data"]}
-            chosen = served[self._model] if self._model in served else next(iter(served.values()))
-        except (KeyError, TypeError, StopIteration) as error:
-            raise EngineError(f"{self.name} does not answer like an SGLang server") from error
-        if self._model and self._model not in served:
-            raise UsageError(f"{self.name} serves {', '.join(served)}, not {self._model!r}")
-        info = await self._optional("/model_info", "/get_model_info")
-        state = await self._optional("/server_info", "/get_server_info")
-        if not info and not state:
-            raise UsageError(
-                f"{self.name} is no SGLang server; an OpenAI-compatible one is openai://{self.server.where}/v1"
-            )
-        limits = [chosen.get("max_model_len"), state.get("max_total_num_tokens")]
-        self.context_length = min((int(limit) for limit in limits if limit), default=None)
-        longest = state.get("max_req_input_len")
-        self._longest_input = longest - 1 if isinstance(longest, int) else None
-        self._incremental = bool(state.get("incremental_streaming_output"))
+        said = await about(self.server, self.name, self._model)
+        facts = said.facts
+        self._tokens = self._server_tokens = ServerTokens(self.server, model=said.model)
+        if said.workers:
+            self.group = 1  # samples of one request would all go to one server
+            said = await self._meet_worker(said)
+            facts = said.facts | {"workers": len(said.workers)}
+        self.context_length, self._longest_input = said.context, said.longest
+        self._incremental = said.incremental
         if self._tokenizer:
             require("transformers", what="a tokenizer in this process", extra="local")
             self._tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _NO_LIMIT)
-        self._facts = {
-            "engine": "sglang",
-            "model": re.sub(r"^.*/(?=.)", "", str(chosen["id"])) if str(chosen["id"]).startswith("/") else chosen["id"],
-            "architecture": info.get("model_type"),
-            "weight_version": info.get("weight_version"),
-            "context_length": self.context_length,
-            "dtype": state.get("dtype"),
-            "sglang": state.get("version"),
-            "attention": state.get("attention_backend"),
-            "tensor_parallel": state.get("tp_size"),
-            "data_parallel": state.get("dp_size"),
-        }
+        self._facts = facts
 
-    async def _optional(self, *paths: str) -> dict[str, Any]:
-        """What the first of these paths that exists says; older servers and the router lack some."""
-        for path in paths:
+    async def _meet_worker(self, router: About) -> About:
+        """Ask a server behind a router: the router knows no limits, and encodes without special tokens or template."""
+        for url in router.workers:
+            worker = Server(url, self.server.limits, self.server.headers)
             try:
-                found = await self.server.ask("GET", path)
-            except Refused as refusal:
-                if refusal.status in (401, 403):
-                    raise
+                said = await about(worker, url, router.model)
+            except (Fault, OrchestraError):
+                await worker.close()
                 continue
-            return found if isinstance(found, dict) else {}
-        return {}
+            self._worker = worker
+            self._server_tokens = ServerTokens(worker, model=said.model)
+            self._tokens = self._server_tokens
+            return replace(said, workers=router.workers)
+        if not self._tokenizer:
+            raise EngineError(
+                f"{self.name} is a router, and none of its {len(router.workers)} servers can be reached from here to "
+                "encode prompts; name a tokenizer to use here: tokenizer=PATH_OR_ID"
+            )
+        return router
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        await super().close()
+        if self._worker is not None:
+            await self._worker.close()
 
     def facts(self) -> dict[str, Any]:
         """See `Engine.facts`."""
-        return {key: value for key, value in (self._facts or {"engine": "sglang"}).items() if value is not None}
+        return dict(self._facts)
 
     # -- tokens ------------------------------------------------------------------------------------------------------
 
