@@ -19,7 +19,7 @@ from orchestra.errors import EngineError, OrchestraError, PromptError, UsageErro
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.engine import Capability, Delta, Prompt, Request
-from orchestra.runtime.http import Fault, Refused, Server, decode, events
+from orchestra.runtime.http import Fault, Refused, Server, decode, events, settle
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_server import SGLangServer
 from orchestra.runtime.sglang_wire import Reading, alternatives, settings
@@ -167,6 +167,7 @@ class SGLangEngine(RemoteEngine):
                             await self._add_raw(sample, delta)
                         self._give(sample, delta)
                     if not call.live:
+                        await settle(response)
                         return
         finally:
             for sample in call.live:
