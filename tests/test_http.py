@@ -181,9 +181,9 @@ def test_time_in_which_nobody_asked_is_not_silence() -> None:
         async with serving(in_turn(reset, reset, says(GOOD))) as fake:
             server = Server(fake.base, Limits(**{**QUICK, "patience": 0.2}))
             with pytest.raises(Fault):
-                await server.insist(lambda: server.ask("GET", "/"), gave_up=lambda: True)
+                await server.insist(lambda: server.ask("POST", "/"), gave_up=lambda: True)
             await asyncio.sleep(0.3)
-            assert await server.insist(lambda: server.ask("GET", "/")) == GOOD
+            assert await server.insist(lambda: server.ask("POST", "/")) == GOOD
             await server.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))

@@ -223,7 +223,7 @@ def decode(body: bytes) -> Any:
         Fault: it is damaged.
     """
     try:
-        return json.loads(body)
+        return json.loads(body.decode())
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is one
         raise Fault(f"it sent what is not JSON: {body[:60]!r}") from error
 
