@@ -18,7 +18,7 @@ from typing import Any
 from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Prompt, Request
+from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events, settle
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_server import SGLangServer
@@ -152,7 +152,7 @@ class SGLangEngine(RemoteEngine):
     async def _try(self, call: Call) -> None:
         request = call.samples[0].request
         sampling = request.sampling
-        wants_raw = (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
+        wants_raw = _wants_raw(sampling)
         if wants_raw and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
         body = await self._body(call)
@@ -165,6 +165,8 @@ class SGLangEngine(RemoteEngine):
                             await self._retell(sample, delta)
                         if wants_raw and self._tempered:
                             await self._add_raw(sample, delta)
+                        elif wants_raw:
+                            delta.tempered = []
                         self._give(sample, delta)
                     if not call.live:
                         await settle(response)
@@ -203,6 +205,11 @@ class SGLangEngine(RemoteEngine):
         if reading is not None and (delta := reading.rest(sample)) is not None:
             if sample.resumed:
                 delta.text = ""  # told anew when it goes on
+            if _wants_raw(sample.request.sampling):
+                if self._tempered:
+                    delta.logprobs, delta.top = [], []  # told at the end
+                else:
+                    delta.tempered = []
             self._give(sample, delta)
 
     async def _retell(self, sample: Sample, delta: Delta) -> None:
@@ -273,8 +280,11 @@ class SGLangEngine(RemoteEngine):
             f'"top_logprobs_num":{top},"sampling_params":{{"temperature":0,"max_new_tokens":0}}}}'
         )
         skip = 1 if start else 0
-        scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
-        tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
+        try:
+            scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
+            tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
+        except (KeyError, TypeError, IndexError) as error:
+            raise EngineError(f"{self.name} sent scores of another shape: {str(meta)[:80]}") from error
         return scores, tops
 
     async def _meta(self, body: str) -> Any:
@@ -305,6 +315,11 @@ class SGLangEngine(RemoteEngine):
         if "context length" in text or "longer than" in text or "vocab" in text:
             return PromptError(f"{self.name}: {text}")
         return super()._refusal(refusal)
+
+
+def _wants_raw(sampling: Sampling) -> bool:
+    """Whether log-probabilities are asked for that a server may report at the sampling temperature only."""
+    return (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
 
 
 class OwnedSGLangEngine(SGLangEngine):
