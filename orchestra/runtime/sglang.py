@@ -156,6 +156,14 @@ class SGLangEngine(RemoteEngine):
         if wants_raw and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
         body = await self._body(call)
+        if body is None:  # all had come when the connection broke, but not that it was all
+            [sample] = call.samples
+            last = Delta(finish_reason="length")
+            await self._retell(sample, last)
+            if wants_raw and self._tempered:
+                await self._add_raw(sample, last)
+            self._give(sample, last)
+            return
         reading = call.state = Reading(call.samples, self._incremental)
         try:
             async with self.server.request("POST", "/generate", body) as response:
@@ -175,7 +183,8 @@ class SGLangEngine(RemoteEngine):
             for sample in call.live:
                 self._keep(call, sample)
 
-    async def _body(self, call: Call) -> bytes:
+    async def _body(self, call: Call) -> bytes | None:
+        """The request; None when nothing is left to ask for."""
         request = call.samples[0].request
         sampling = request.sampling
         ids, count = await self._contexts.before(request.graph, request.node)
@@ -188,6 +197,8 @@ class SGLangEngine(RemoteEngine):
         most = min(sampling.max_tokens or room, room)
         if done := call.samples[0].tokens:  # a broken stream goes on where it stopped
             ids, most = f"{ids},{listed(tuple(done))}", most - len(done)
+            if most < 1:
+                return None
         if request.chunk == 0:
             interval = QUIET_INTERVAL
         else:
@@ -222,7 +233,7 @@ class SGLangEngine(RemoteEngine):
         [whole, start] = await self._decode([before + sample.tokens + delta.tokens, before])
         text = whole[len(start) :]
         crossing = [stop for stop in request.sampling.stop if stop in text]
-        if crossing and not (delta.finish_reason == "stop" and delta.matched is not None):
+        if crossing and delta.count and not (delta.finish_reason == "stop" and delta.matched is not None):
             prefixes = [before + sample.tokens + delta.tokens[:k] for k in range(1, delta.count + 1)]
             texts = [part[len(start) :] for part in await self._decode(prefixes)]
             keep, stop = next((k, stop) for k, part in enumerate(texts, 1) for stop in crossing if stop in part)

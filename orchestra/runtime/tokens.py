@@ -34,12 +34,19 @@ class ServerTokens:
         server: the way to it.
         encode, decode: its paths (SGLang's by default; vLLM has others).
         model: sent along where a server wants it.
+        batched: whether it decodes several lists at once.
     """
 
     def __init__(
-        self, server: Server, encode: str = "/v1/tokenize", decode: str = "/v1/detokenize", model: str = ""
+        self,
+        server: Server,
+        encode: str = "/v1/tokenize",
+        decode: str = "/v1/detokenize",
+        model: str = "",
+        *,
+        batched: bool = True,
     ) -> None:
-        self._server, self._encode, self._decode = server, encode, decode
+        self._server, self._encode, self._decode, self._batched = server, encode, decode, batched
         self._model = {"model": model} if model else {}
         self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()
 
@@ -79,6 +86,8 @@ class ServerTokens:
 
     async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
         """Texts of lists of ids; one question, tried once."""
+        if not self._batched:
+            return [await self._decode_one(ids) if ids else "" for ids in lists]
         whole = [ids for ids in lists if ids]
         body = {"tokens": whole, "skip_special_tokens": skip_special}
         answer = await self._server.ask("POST", self._decode, body) if whole else {"text": []}
@@ -86,6 +95,14 @@ class ServerTokens:
             texts = iter(answer["text"])
             return [str(next(texts)) if ids else "" for ids in lists]
         except (KeyError, TypeError, StopIteration) as error:
+            raise Fault("it sent text of another shape") from error
+
+    async def _decode_one(self, ids: list[int]) -> str:
+        """The same as vLLM has it."""
+        answer = await self._server.ask("POST", self._decode, {**self._model, "tokens": ids})
+        try:
+            return str(answer["prompt"])
+        except (KeyError, TypeError) as error:
             raise Fault("it sent text of another shape") from error
 
     async def _ids(self, text: str, special: bool) -> list[int]:
