@@ -101,13 +101,13 @@ def _in_process(name: str, model: str, parameters: dict[str, str], **fixed: Any)
 def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if not target:
         raise UsageError("an SGLang engine needs a server, sglang://HOST:PORT, or a model to serve, sglang:PATH_OR_ID")
-    limits, headers = Limits.take(parameters), _key(parameters, "SGLANG_API_KEY")
+    limits = Limits.take(parameters)
     from orchestra.runtime.http import Server
     from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine
     from orchestra.runtime.sglang_server import FLAGS, SGLangServer
 
     if target.startswith("//"):
-        where = _address(url, target)
+        where, headers = _address(url, target), _key(parameters, "SGLANG_API_KEY")
         if urlsplit(target).path.strip("/"):
             raise UsageError(f"an SGLang engine is sglang://{where}, without a path; openai://{where}/v1 has one")
         options = _sglang_options(parameters, ("model", *_LIMITS, "key_file"))
