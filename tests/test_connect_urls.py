@@ -251,6 +251,7 @@ def test_an_owned_server_has_limits_and_options_too(owned: Any) -> None:
     assert engine.server.limits == Limits(3, 1.5, 4, 7.0, 8.0)
     assert (engine.group, engine._interval, engine._process.model) == (1, 3, "/some/folder")
     assert open_engine("sglang:demo")._process.model.endswith("embedded")
+    assert "unknown engine parameter 'key_file'" in refused("sglang:m?key_file=x"), "it listens to nobody else"
     text = refused("sglang:m?tpp=2")
     assert "unknown engine parameter 'tpp'; did you mean 'tp'?" in text
     assert all(name in text for name in FLAGS)
