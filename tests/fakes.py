@@ -71,7 +71,7 @@ class Fake:
 
     async def idle(self) -> None:
         """Wait until no handler is at work."""
-        while self.running:
+        while self.running:  # noqa: ASYNC110 (the handlers are the events)
             await asyncio.sleep(0.005)
 
 
