@@ -251,6 +251,10 @@ class OpenAIEngine(RemoteEngine):
                 delta.logprobs = await self._echo([*map(int, ids.split(",")), *own], count)
             self._give(sample, delta)
 
+    def _give(self, sample: Sample, delta: Delta) -> None:
+        self._contexts.saw(delta.tokens)
+        super()._give(sample, delta)
+
     async def _body(self, call: Call, *, stream: bool) -> tuple[str, dict[str, Any]]:
         sample = call.samples[0]
         request = sample.request

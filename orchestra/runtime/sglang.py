@@ -183,6 +183,10 @@ class SGLangEngine(RemoteEngine):
             for sample in call.live:
                 self._keep(call, sample)
 
+    def _give(self, sample: Sample, delta: Delta) -> None:
+        self._contexts.saw(delta.tokens)
+        super()._give(sample, delta)
+
     async def _body(self, call: Call) -> bytes | None:
         """The request; None when nothing is left to ask for."""
         request = call.samples[0].request

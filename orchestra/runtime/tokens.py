@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -160,7 +161,7 @@ class Contexts:
     """Token ids that stand before generations, ready to be sent; what forks share is put together once.
 
     Attributes:
-        highest: the highest id that tokenizer or server has given us.
+        highest: the highest id that tokenizer or model has given us.
         vocabulary: size of the vocabulary; None until it had to be asked.
     """
 
@@ -169,6 +170,7 @@ class Contexts:
         self._known: dict[int, dict[tuple[int, int], tuple[str, int]]] = {}  # by graph, then by edge
         self.highest = -1
         self.vocabulary: int | None = None
+        self._asking = asyncio.Lock()
 
     def saw(self, ids: Iterable[int]) -> None:
         """Ids that are certainly in the vocabulary."""
@@ -216,8 +218,9 @@ class Contexts:
         """Refuse ids outside the vocabulary: they would end an SGLang server."""
         if not ids or (min(ids) >= 0 and max(ids) <= self.highest):
             return
-        if self.vocabulary is None:
-            self.vocabulary = await self._ask_vocabulary()
+        async with self._asking:
+            if self.vocabulary is None:
+                self.vocabulary = await self._ask_vocabulary()
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
             raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {self._name}: 0..{self.vocabulary - 1}")
 
