@@ -34,11 +34,16 @@ def decode(ids: list[int]) -> str:
     return bytes(i - (SAID if i >= SAID else FIRST) for i in ids if i >= FIRST).decode(errors="replace")
 
 
+def held_back(ids: list[int]) -> str:
+    """The text of ids, less a character that is not complete."""
+    return decode(ids).rstrip("\ufffd")
+
+
 class FakeSGLang:
     """Answers `script(ids)`, one token an event, then ends the sequence.
 
     Attributes:
-        script: from the ids of the prompt to what the model says.
+        script: from the ids of the prompt to what the model says, as text or as ids.
         template: whether the model has a chat template.
         incremental: whether streams hold what is new, or all so far.
         break_after: of the next streams, events after which the connection is reset.
@@ -46,7 +51,7 @@ class FakeSGLang:
         aborted: request ids.
     """
 
-    def __init__(self, script: Callable[[list[int]], str] = lambda _: "yes", **options: Any) -> None:
+    def __init__(self, script: Callable[[list[int]], str | list[int]] = lambda _: "yes", **options: Any) -> None:
         self.script = script
         self.template = True
         self.incremental = False
@@ -101,13 +106,14 @@ class FakeSGLang:
         await response.prepare(request)
         left = self.break_after.pop(0) if self.break_after else None
         n = params["n"]
-        answer = [*said(self.script(ids)), EOS][: params["max_new_tokens"]]
+        says = self.script(ids)
+        answer = [*(said(says) if isinstance(says, str) else says), EOS][: params["max_new_tokens"]]
         for k in range(1, len(answer) + 1):
             if left == k - 1:
                 await asyncio.sleep(0.02)
                 return await reset(request)
             for index in range(n):
-                event = self._event(answer, k, params["temperature"], body)
+                event = self._event(answer, k, params["temperature"] or 1.0, body)
                 event |= {"index": index} if n > 1 else {}
                 await response.write(b"data: %b\n\n" % json.dumps(event, separators=(",", ":")).encode())
             await asyncio.sleep(60 if self.frozen else 0)
@@ -124,7 +130,8 @@ class FakeSGLang:
             meta["finish_reason"] = {"type": "stop", "matched": EOS} if answer[-1] == EOS else {"type": "length"}
         if body.get("return_logprob"):
             meta["output_token_logprobs"] = [[score(i) / temperature, i, None] for i in answer[since:k]]
-        return {"text": decode(answer[since:k]), "output_ids": answer[since:k], "meta_info": meta}
+        text = held_back(answer[:k])[len(held_back(answer[:since])) :]
+        return {"text": text, "output_ids": answer[since:k], "meta_info": meta}
 
     @staticmethod
     def _scores(body: dict[str, Any]) -> dict[str, Any]:
