@@ -67,7 +67,7 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, each: Each | N
         raise
     except BaseException:
         reading.cancel()
-        await reading.finish(quietly=True)
+        await uninterrupted(reading.finish(quietly=True))
         raise
     finally:
         depth = run.depth(node.id for node in nodes)
@@ -109,10 +109,11 @@ class _Reading:
                 try:
                     self._take(index, report=not quietly)
                 except BaseException:
+                    if quietly:
+                        continue
                     self._ended = ended[done + 1 :] + self._ended
                     self._wake.set()
-                    if not quietly:
-                        raise
+                    raise
 
     def _take(self, index: int, *, report: bool) -> None:
         node, run = self._nodes[index], self._run
@@ -127,7 +128,7 @@ class _Reading:
             node.finish_reason = "error"
             raise error
         node.finish_reason = delta.finish_reason
-        if delta.finish_reason == "cancelled":
+        if not report and delta.finish_reason == "cancelled":
             return
         thread = self.grown[index] = _grown(self._threads[index], node, delta)
         if self._each is not None and report:

@@ -77,7 +77,7 @@ class Thread:
     @property
     def finish_reason(self) -> str | None:
         """Why the last generation ended: `stop`, `length`, ...; None before the first."""
-        return self._node.finish_reason if self._node else None
+        return self._node.finish_reason if self._node is not None else None
 
     @property
     def logprob(self) -> float | None:
@@ -97,7 +97,7 @@ class Thread:
 
     @property
     def _sampled(self) -> list[Span]:
-        return [span for span in self._node.spans if span.origin == "sampled"] if self._node else []
+        return [span for span in self._node.spans if span.origin == "sampled"] if self._node is not None else []
 
     def _touch(self) -> None:
         """Reading a result is coming after it, however the program awaited it (a gather of its own, say)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def open_engine(url: str) -> Engine:
     scheme, _, target = address.partition(":")
     parameters = dict(parse_qsl(query, keep_blank_values=True))
     if scheme not in _OPENERS:
-        raise UsageError(one_of("engine", scheme, _OPENERS) + f", from {url!r}; see `orchestra engines`")
+        raise UsageError(one_of("engine", scheme, _OPENERS) + f", from {_shown(url)!r}; see `orchestra engines`")
     return _OPENERS[scheme](url, target, parameters)
 
 
@@ -133,6 +134,8 @@ def _take(
             raise UsageError(one_of("engine parameter", key, (*known, *also)))
         try:
             values[key] = known[key](text)
+        except UsageError:  # is a ValueError, and says more
+            raise
         except ValueError:
             raise UsageError(f"engine parameter {key} = {text!r} is not a number") from None
     return values
@@ -152,7 +155,7 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
 
 def _demo(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if target:
-        raise UsageError(f"the demo engine has one model: demo, not {url!r}; local:PATH_OR_ID takes another")
+        raise UsageError(f"the demo engine has one model: demo, not {_shown(url)!r}; local:PATH_OR_ID takes another")
     return _in_process("demo", str(EMBEDDED), parameters, hint=_EMBEDDED_HINT)
 
 
@@ -180,13 +183,15 @@ def _in_process(name: str, model: str, parameters: dict[str, str], **fixed: Any)
 def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if not target:
         raise UsageError("an SGLang engine needs a server, sglang://HOST:PORT, or a model to serve, sglang:PATH_OR_ID")
-    limits, headers = Limits.take(parameters), _key(parameters, "SGLANG_API_KEY")
+    limits = Limits.take(parameters)
     from orchestra.runtime.http import Server
     from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine
     from orchestra.runtime.sglang_server import FLAGS, SGLangServer
 
     if target.startswith("//"):
-        where = _address(url, target)
+        where, headers = _address(url, target), _key(parameters, "SGLANG_API_KEY")
+        if urlsplit(target).path.strip("/"):
+            raise UsageError(f"an SGLang engine is sglang://{where}, without a path; openai://{where}/v1 has one")
         options = _sglang_options(parameters, ("model", *_LIMITS, "key_file"))
         return SGLangEngine(f"sglang://{where}", Server(f"http://{where}", limits, headers), **options)
     flags = {name: parameters.pop(name) for name in list(parameters) if name in FLAGS}
@@ -197,7 +202,7 @@ def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
 
 def _sglang_options(parameters: dict[str, str], also: tuple[str, ...]) -> dict[str, Any]:
     model = {"model": parameters.pop("model")} if "model" in parameters and "model" in also else {}
-    values = _take(parameters, {"n": _group, "interval": int, "tokenizer": str}, also)
+    values = _take(parameters, {"n": _group, "interval": _positive, "tokenizer": str}, also)
     if "n" in values:
         values["group"] = values.pop("n")
     return values | model
@@ -240,20 +245,34 @@ def _address(url: str, target: str) -> str:
     Raises:
         UsageError: there is none, or it holds a key.
     """
-    parts = urlsplit(target)
-    if parts.username is not None:
+    if "@" in target.removeprefix("//").partition("/")[0]:
         raise UsageError("an engine URL holds no key: put it into the environment, or into a file (key_file=PATH)")
     try:
-        port = parts.port
+        parts = urlsplit(target)
+        good = bool(parts.hostname) and (parts.port is not None or ":" not in parts.netloc)
     except ValueError:
-        port = None
-    if not parts.hostname or (port is None and ":" in parts.netloc):
-        raise UsageError(f"engine {url!r} names no HOST:PORT, such as {url.partition(':')[0]}://127.0.0.1:30000")
+        good = False
+    if not good:
+        raise UsageError(
+            f"engine {_shown(url)!r} names no HOST:PORT, such as {url.partition(':')[0]}://127.0.0.1:30000"
+        )
     return parts.netloc
 
 
+def _shown(url: str) -> str:
+    """A URL as errors say it: without its parameters, and without a key that somebody put into it."""
+    address = url.partition("?")[0]
+    return re.sub(r"(?<=[:/])[^/]*@", "***@", address) if "@" in address else address
+
+
 def _group(text: str) -> int:
-    return 1 if text == "off" else int(text)
+    return 1 if text == "off" else _positive(text)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise UsageError(f"n= and interval= are at least 1, not {value}")
+    return value
 
 
 def _key(parameters: dict[str, str], variable: str) -> dict[str, str]:

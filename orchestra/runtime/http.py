@@ -7,10 +7,10 @@ will not, `EngineDown` says that the server is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 _CONNECT_SECONDS = 10.0
 _KEEPALIVE_SECONDS = 4.0  # below uvicorn's 5: a reused connection is rarely one that the server is just closing
 _MOST_ERROR_BYTES = 65_536
+_SETTLE_SECONDS = 0.5  # for an answer that has said all to end
 
 
 class Fault(Exception):
@@ -74,6 +75,7 @@ class Server:
         self.headers = dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
         self._lost_at: float | None = None  # since when nothing has been heard of it
+        self._insisting = 0  # how many are trying now
 
     def session(self) -> aiohttp.ClientSession:
         """The pool of connections, made on first use."""
@@ -107,7 +109,7 @@ class Server:
 
     # -- one try -----------------------------------------------------------------------------------------------------
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def request(self, method: str, path: str, body: bytes | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request whose answer is good; leaving the block early drops the connection.
 
@@ -134,6 +136,8 @@ class Server:
             raise Fault(_reason(error), unreached=True) from error
         except (aiohttp.ServerTimeoutError, TimeoutError) as error:
             self._lose()
+            if "Connection timeout" in str(error):  # it was not even connected
+                raise Fault("connection lost (it does not answer)", unreached=True) from error
             raise Fault(f"silent for {self.limits.timeout:g} seconds") from error
         except (aiohttp.ClientError, OSError) as error:
             self._lose()
@@ -144,9 +148,17 @@ class Server:
             self._lost_at = time.monotonic()
 
     async def _raise(self, response: aiohttp.ClientResponse) -> None:
+        import aiohttp
+
         status = response.status
         self._lost_at = None
-        message = error_message(await response.content.read(_MOST_ERROR_BYTES)) or response.reason or "no reason given"
+        body = b""
+        with contextlib.suppress(aiohttp.ClientPayloadError):  # the status says enough
+            while len(body) < _MOST_ERROR_BYTES and (piece := await response.content.readany()):
+                body += piece
+        message = error_message(body) or response.reason or "no reason given"
+        if key := self.headers.get("Authorization", "").removeprefix("Bearer "):
+            message = message.replace(key, "***")  # some servers repeat a wrong key
         if status not in _PASSING:
             raise Refused(status, f"{message} (HTTP {status})")
         after = retry_after(response.headers.get("Retry-After"))
@@ -172,21 +184,27 @@ class Server:
             EngineDown: nothing has been heard of the server for `patience` seconds.
         """
         tries = 0
-        while True:
-            try:
-                return await work()
-            except Fault as fault:
-                if gave_up():
-                    raise
-                tries += not fault.unreached
-                self._check(fault, tries)
-                wait = backoff(max(tries, 1) if not fault.unreached else 4)
-                if fault.after is not None:
-                    wait = max(fault.after, wait / 2)
-                if fault.closed and fault.after:
-                    self.gate.pause(fault.after)
-            await asyncio.sleep(wait)
-            await self.gate.ready()
+        if not self._insisting:
+            self._lost_at = None  # what was lost when somebody last asked is no news
+        self._insisting += 1
+        try:
+            while True:
+                try:
+                    return await work()
+                except Fault as fault:
+                    if gave_up():
+                        raise
+                    tries += not fault.unreached
+                    self._check(fault, tries)
+                    wait = backoff(max(tries, 1) if not fault.unreached else 4)
+                    if fault.after is not None:
+                        wait = max(fault.after, wait / 2)
+                    if fault.closed and fault.after:
+                        self.gate.pause(fault.after)
+                await asyncio.sleep(wait)
+                await self.gate.ready()
+        finally:
+            self._insisting -= 1
 
     def _check(self, fault: Fault, tries: int) -> None:
         patience, server = self.limits.patience, f"the server at {self.where}"
@@ -205,8 +223,8 @@ def decode(body: bytes) -> Any:
         Fault: it is damaged.
     """
     try:
-        return json.loads(body)
-    except ValueError as error:  # a UnicodeDecodeError is one
+        return json.loads(body.decode())
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is one
         raise Fault(f"it sent what is not JSON: {body[:60]!r}") from error
 
 
@@ -214,7 +232,7 @@ def error_message(body: bytes) -> str:
     """What an error's body says, in one line of the usual shapes, or the beginning of the body itself."""
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = body.decode(errors="replace")
     for key in ("error", "detail", "message"):
         if isinstance(found, dict) and key in found:
@@ -225,10 +243,10 @@ def error_message(body: bytes) -> str:
 def raise_error(error: Any) -> None:
     """Raise an error that came inside a stream, as what it would have been as a status."""
     code = error.get("code") if isinstance(error, dict) else None
-    message = str(error.get("message") if isinstance(error, dict) else error)
-    if isinstance(code, int) and 400 <= code < 500 and code not in (408, 429):
-        raise Refused(code, " ".join(message.split())[:500])
-    raise Fault(f"error {code}: {message[:200]}")
+    message = " ".join(str(error.get("message") if isinstance(error, dict) else error).split())
+    if isinstance(code, int) and 400 <= code < 500 and code not in _PASSING:
+        raise Refused(code, message[:500])
+    raise Fault(f"error {code}: {message[:200]}" if code is not None else f"error: {message[:200]}")
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
@@ -247,14 +265,32 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]
             data = data.replace(b"\r\n", b"\n")
         blocks = data.split(b"\n\n")
         rest = blocks.pop()
-        batch = [block[5:].lstrip() for block in blocks if block.startswith(b"data:")]
-        done = bool(batch) and batch[-1] == b"[DONE]"
+        batch = [data for block in blocks if (data := _data(block))]
+        done = b"[DONE]" in batch
         if done:
-            batch.pop()
+            del batch[batch.index(b"[DONE]") :]
         if batch:
             yield batch
         if done:
+            await settle(response)
             return
+
+
+async def settle(response: aiohttp.ClientResponse) -> None:
+    """Let an answer that has said all come to its end, so that its connection can be used again."""
+    import aiohttp
+
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+        async with asyncio.timeout(_SETTLE_SECONDS):
+            while await response.content.readany():
+                pass
+
+
+def _data(block: bytes) -> bytes:
+    """The data of one event; its other fields, and comments, say nothing to us."""
+    if block.startswith(b"data:") and b"\n" not in block:
+        return block[5:].strip()
+    return b"\n".join(line[5:].strip() for line in block.split(b"\n") if line.startswith(b"data:"))
 
 
 def _reason(error: BaseException) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import math
 import random
 import time
 from dataclasses import dataclass, fields
+from datetime import UTC
 from types import TracebackType
 from typing import Any
 
@@ -39,7 +41,7 @@ class Limits:
         for name, least in (("concurrency", 1), ("rate", 0), ("retries", 0), ("timeout", 0.001), ("patience", 0)):
             value = getattr(self, name)
             if not value >= least:  # also refuses NaN
-                raise UsageError(f"engine parameter {name} is at least {least:g}, not {value:g}")
+                raise UsageError(f"engine parameter {name} is at least {least:g}, not {value}")
 
     @classmethod
     def take(cls, parameters: dict[str, str]) -> Limits:
@@ -51,10 +53,12 @@ class Limits:
         values: dict[str, Any] = {}
         for field in fields(cls):
             if (text := parameters.pop(field.name, None)) is not None:
+                whole = isinstance(field.default, int)
                 try:
-                    values[field.name] = int(text) if isinstance(field.default, int) else float(text)
+                    values[field.name] = int(text) if whole else float(text)
                 except ValueError:
-                    raise UsageError(f"engine parameter {field.name} = {text!r} is not a number") from None
+                    kind = "whole number" if whole else "number"
+                    raise UsageError(f"engine parameter {field.name} = {text!r} is not a {kind}") from None
         return cls(**values)
 
     def slots(self) -> int:
@@ -76,7 +80,7 @@ class Gate:
     def __init__(self, limits: Limits) -> None:
         self._slots = asyncio.Semaphore(limits.slots())
         self._throttle: Any = None
-        if limits.rate:
+        if 0 < limits.rate < math.inf:
             from asyncio_throttle import Throttler
 
             # A rate below one a second is one request in a longer period.
@@ -90,10 +94,14 @@ class Gate:
 
     async def ready(self) -> None:
         """Wait until another request may begin; for those that hold a slot."""
-        while (wait := self._closed_until - time.monotonic()) > 0:  # noqa: ASYNC110 (it is a time, not an event)
-            await asyncio.sleep(wait)
+        await self._open()
         if self._throttle is not None:
             await self._throttle.acquire()
+            await self._open()  # a pause may have begun meanwhile
+
+    async def _open(self) -> None:
+        while (wait := self._closed_until - time.monotonic()) > 0:  # noqa: ASYNC110 (it is a time, not an event)
+            await asyncio.sleep(wait)
 
     async def __aenter__(self) -> None:
         await self._slots.acquire()
@@ -119,7 +127,8 @@ def retry_after(header: str | None) -> float | None:
         seconds = float(header)
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
+            date = email.utils.parsedate_to_datetime(header)
+            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+        except (ValueError, OverflowError):
             return None
-    return seconds if 0 <= seconds < float("inf") else 0.0
+    return seconds if 0 <= seconds < math.inf else 0.0

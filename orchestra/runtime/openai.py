@@ -9,8 +9,7 @@ begun cannot be continued unless the server knows `continue_final_message` (`?co
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,7 +99,13 @@ class OpenAIEngine(RemoteEngine):
         version = await self._recognise()
         if self.flavour:
             root = self._root + ("/v1" if self.flavour == "sglang" else "")
-            self._tokens = ServerTokens(self.server, f"{root}/tokenize", f"{root}/detokenize", self.model)
+            self._tokens = ServerTokens(
+                self.server,
+                f"{root}/tokenize",
+                f"{root}/detokenize",
+                self.model,
+                batched=self.flavour == "sglang",
+            )
             self.group = self._asked_group
         self._completes = self._api != "chat" and (bool(self.flavour) or await self._exists("/completions"))
         if self._api == "completions" and not self._completes:
@@ -133,7 +138,11 @@ class OpenAIEngine(RemoteEngine):
         for flavour, path in _RECOGNISED:
             try:
                 found = await self.server.ask("GET", self._root + path)
-            except (Fault, Refused):
+            except Refused:
+                continue
+            except Fault as fault:
+                if fault.closed:
+                    raise  # it is busy: guessing would make another engine of it
                 continue
             if isinstance(found, dict) and isinstance(found.get("version"), str):
                 self.flavour = flavour
@@ -146,7 +155,9 @@ class OpenAIEngine(RemoteEngine):
             await self.server.ask("POST", self._prefix + path, {"model": self.model})
         except Refused as refusal:
             return refusal.status not in (401, 403, 404, 405, 501)
-        except Fault:
+        except Fault as fault:
+            if fault.closed:
+                raise
             return False
         return True
 
@@ -206,29 +217,31 @@ class OpenAIEngine(RemoteEngine):
         short = sampling.max_tokens is not None and sampling.max_tokens <= _WHOLE_TOKENS
         whole = request.chunk == 0 and short and not stops
         path, body = await self._body(call, stream=not whole)
+        if body.get(self._limit, 1) < 1:  # all had come when the connection broke, but not that it was all
+            self._give(call.samples[0], Delta(finish_reason="length"))
+            return
         reading = Reading(call.samples, stops)
-        async with self._request(path, body) as response:
-            if whole:
-                found = reading.read(decode(await response.read()))
-                await self._give_all([*found, *reading.ends()], sampling)
-                return
-            async for batch in events(response):
-                for event in batch:
-                    await self._give_all(reading.read(decode(event)), sampling)
-                if not call.live:
-                    return
-            await self._give_all(reading.ends(), sampling)
-
-    @asynccontextmanager
-    async def _request(self, path: str, body: dict[str, Any]) -> AsyncIterator[Any]:
         try:
             async with self.server.request("POST", self._prefix + path, json.dumps(body).encode()) as response:
-                yield response
+                if whole:
+                    await self._give_all(reading.read(decode(await response.read())), sampling)
+                else:
+                    async for batch in events(response):
+                        for event in batch:
+                            await self._give_all(reading.read(decode(event)), sampling)
+                        if not call.live:
+                            return
         except Refused as refusal:
-            if self._limit in body and "max_completion_tokens" in str(refusal):
-                self._limit = "max_completion_tokens"  # what newer hosted models call it
-                raise Fault(str(refusal)) from refusal
-            raise
+            if "max_tokens" not in body or "max_completion_tokens" not in str(refusal):
+                raise
+            self._limit = "max_completion_tokens"  # what newer hosted models call it
+            await self._try(call)
+        except Fault:
+            await self._give_all(reading.ends(), sampling)  # what has ended has ended, whatever came after it
+            if call.live:
+                raise
+        else:
+            await self._give_all(reading.ends(), sampling)
 
     async def _give_all(self, found: Iterable[tuple[Sample, Delta]], sampling: Sampling) -> None:
         tempered = sampling.temperature not in (0.0, 1.0)
@@ -241,6 +254,10 @@ class OpenAIEngine(RemoteEngine):
                 own = sample.tokens + delta.tokens
                 delta.logprobs = await self._echo([*map(int, ids.split(",")), *own], count)
             self._give(sample, delta)
+
+    def _give(self, sample: Sample, delta: Delta) -> None:
+        self._contexts.saw(delta.tokens)
+        super()._give(sample, delta)
 
     async def _body(self, call: Call, *, stream: bool) -> tuple[str, dict[str, Any]]:
         sample = call.samples[0]
@@ -256,6 +273,8 @@ class OpenAIEngine(RemoteEngine):
         if isinstance(root, ChatSpan):
             path = "/chat/completions"
             body["messages"] = self._messages(request, root)
+            if len(body["messages"]) > len(root.messages):
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
         elif self.flavour:
             path = "/completions"
             ids, count = await self._contexts.before(request.graph, request.node)

@@ -46,7 +46,9 @@ class Reading:
             self._usage = event.get("usage") or self._usage
             choices = event["choices"]
             for choice in choices:
-                index = int(choice["index"])
+                index = choice["index"]
+                if not 0 <= index < len(self._samples):
+                    raise IndexError
                 sample = self._samples[index]
                 if sample.ended or index in self._ends:
                     continue
@@ -66,35 +68,47 @@ class Reading:
                     delta = Delta()
                 matched = choice.get("matched_stop", choice.get("stop_reason"))
                 self._end(sample, delta, reason, matched)
-                if delta.tokens or reason == "cancelled":
+                if reason == "cancelled":
                     yield sample, delta
                 else:
-                    self._ends[index] = delta  # how many tokens it has is told after it
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                    self._ends[index] = delta  # what it cost is told after it
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise Fault(f"it sent an answer of another shape: {str(event)[:80]}") from error
 
     def ends(self) -> Iterator[tuple[Sample, Delta]]:
-        """The ends of samples whose tokens had to be counted."""
-        total = self._usage.get("completion_tokens")
-        for index, delta in self._ends.items():
+        """The ends of samples that have been told; to be asked for when no more will come."""
+        ends, self._ends = self._ends, {}
+        total, cached = self._told("completion_tokens"), self._told("prompt_tokens_details", "cached_tokens")
+        for index, delta in ends.items():
             sample = self._samples[index]
-            if isinstance(total, int) and len(self._samples) == 1:
-                delta.count = max(0, total - (sample.count - self._began[index]))
+            if total is not None and len(self._samples) == 1 and not (delta.tokens or sample.tokens):
+                # A text is at least one token, whatever the server counts.
+                delta.count = max(int(bool(delta.text)), total - (sample.count - self._began[index]))
             if index == 0 and not self._began[0]:
-                delta.cached_tokens = int((self._usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+                delta.cached_tokens = cached or 0
             yield sample, delta
-        self._ends.clear()
+
+    def _told(self, *path: str) -> int | None:
+        """A number in the usage."""
+        found: Any = self._usage
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, int) else None
 
     def _delta(self, index: int, sample: Sample, choice: Mapping[str, Any]) -> Delta:
         said = choice.get("message") or choice.get("delta")
         text = choice.get("text") or "" if said is None else self._channels(index, said)
         ids = choice.get("token_ids") or []
         delta = Delta(list(ids), len(ids) or int(bool(text)), text)
+        if not isinstance(text, str):
+            raise TypeError
         if not _INTEGER.issuperset(map(type, ids)):
             raise ValueError
         logprobs = choice.get("logprobs")
         if logprobs and sample.request.sampling.logprobs:
             delta.logprobs = [float(value) for value in logprobs["token_logprobs"]]
+            if len(delta.logprobs) != delta.count:
+                raise ValueError
         return delta
 
     def _stopped(self, sample: Sample, delta: Delta) -> bool:
@@ -131,4 +145,4 @@ class Reading:
         if isinstance(matched, str) or (isinstance(matched, int) and matched in sampling.stop_ids):
             delta.matched = matched
         else:
-            delta.eos = True
+            delta.eos = bool(delta.tokens or sample.tokens)  # else nobody knows whether it was counted

@@ -21,6 +21,7 @@ from orchestra.runtime.engine import Delta, Engine, Load, Request, Stream
 from orchestra.runtime.http import Fault, Refused, Server
 
 _ABORT_WAITS = (0.1, 0.4, 1.5)  # seconds between aborts; then the connection is dropped
+_ABORT_SECONDS = 2.0  # for the server to say that it has heard; a frozen one does not
 _NAME = uuid.uuid4().hex[:12]  # of this process, in request ids
 _begun = itertools.count(1)  # over all its engines: they may share a server
 
@@ -148,13 +149,14 @@ class RemoteEngine(Engine):
         """
         if self._closed:
             raise EngineError(f"{self.name} is closed")
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(self._open())
+        if (opening := self._opening) is None:
+            opening = self._opening = asyncio.ensure_future(self._open())
         try:
-            await asyncio.shield(self._opening)
+            await asyncio.shield(opening)
         except OrchestraError:
-            self._opening = None
-            await self.server.close()
+            if self._opening is opening:  # the first of those who waited for it
+                self._opening = None
+                await self.server.close()
             raise
         return self
 
@@ -309,8 +311,9 @@ class RemoteEngine(Engine):
         """Abort until the call ends: the first abort may come before the server has seen the request."""
         for wait in _ABORT_WAITS:
             try:
-                await self._abort(rid)
-            except (Fault, OrchestraError):
+                async with asyncio.timeout(_ABORT_SECONDS):
+                    await self._abort(rid)
+            except (Fault, OrchestraError, TimeoutError):
                 break
             await asyncio.wait([call.task], timeout=wait)
             if call.task.done() or call.rid != rid:

@@ -18,8 +18,8 @@ from typing import Any
 from orchestra.errors import EngineError, OrchestraError, PromptError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Prompt, Request
-from orchestra.runtime.http import Fault, Refused, Server, decode, events
+from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Sampling
+from orchestra.runtime.http import Fault, Refused, Server, decode, events, settle
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_about import About, about
 from orchestra.runtime.sglang_server import SGLangServer
@@ -33,7 +33,7 @@ _NEIGHBOURS = 8  # ids before a text that may change how its first characters ar
 
 
 class Full(Exception):
-    """A thread has grown to the end of the context: it ends there, and nothing is wrong."""
+    """A thread has grown as far as it may: it ends there by `length`, and nothing is wrong."""
 
 
 class SGLangEngine(RemoteEngine):
@@ -154,14 +154,19 @@ class SGLangEngine(RemoteEngine):
     async def _try(self, call: Call) -> None:
         request = call.samples[0].request
         sampling = request.sampling
-        wants_raw = (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
+        wants_raw = _wants_raw(sampling)
         if wants_raw and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
         try:
             body = await self._body(call)
         except Full:
             for sample in call.samples:
-                self._give(sample, Delta(finish_reason="length"))
+                last = Delta(finish_reason="length")
+                if sample.resumed:
+                    await self._retell(sample, last)
+                    if wants_raw and self._tempered:
+                        await self._add_raw(sample, last)
+                self._give(sample, last)
             return
         reading = call.state = Reading(call.samples, self._incremental)
         try:
@@ -172,14 +177,26 @@ class SGLangEngine(RemoteEngine):
                             await self._retell(sample, delta)
                         if wants_raw and self._tempered:
                             await self._add_raw(sample, delta)
+                        elif wants_raw:
+                            delta.tempered = []
                         self._give(sample, delta)
                     if not call.live:
+                        await settle(response)
                         return
         finally:
             for sample in call.live:
                 self._keep(call, sample)
 
+    def _give(self, sample: Sample, delta: Delta) -> None:
+        self._contexts.saw(delta.tokens)
+        super()._give(sample, delta)
+
     async def _body(self, call: Call) -> bytes:
+        """The request.
+
+        Raises:
+            Full: nothing is left to ask for.
+        """
         request = call.samples[0].request
         sampling = request.sampling
         ids, count = await self._contexts.before(request.graph, request.node)
@@ -190,6 +207,8 @@ class SGLangEngine(RemoteEngine):
         most = min(sampling.max_tokens or room, room)
         if done:  # a broken stream goes on where it stopped
             ids, most = f"{ids},{listed(tuple(done))}", most - len(done)
+            if most < 1:  # all had come when the connection broke, but not that it was all
+                raise Full
         if request.chunk == 0:
             interval = QUIET_INTERVAL
         else:
@@ -229,6 +248,11 @@ class SGLangEngine(RemoteEngine):
         if reading is not None and (delta := reading.rest(sample)) is not None:
             if sample.resumed:
                 delta.text = ""  # told anew when it goes on
+            if _wants_raw(sample.request.sampling):
+                if self._tempered:
+                    delta.logprobs, delta.top = [], []  # told at the end
+                else:
+                    delta.tempered = []
             self._give(sample, delta)
 
     async def _retell(self, sample: Sample, delta: Delta) -> None:
@@ -241,7 +265,7 @@ class SGLangEngine(RemoteEngine):
         [whole, start] = await self._decode([before + sample.tokens + delta.tokens, before])
         text = whole[len(start) :]
         crossing = [stop for stop in request.sampling.stop if stop in text]
-        if crossing and not (delta.finish_reason == "stop" and delta.matched is not None):
+        if crossing and delta.count and not (delta.finish_reason == "stop" and delta.matched is not None):
             prefixes = [before + sample.tokens + delta.tokens[:k] for k in range(1, delta.count + 1)]
             texts = [part[len(start) :] for part in await self._decode(prefixes)]
             keep, stop = next((k, stop) for k, part in enumerate(texts, 1) for stop in crossing if stop in part)
@@ -299,8 +323,11 @@ class SGLangEngine(RemoteEngine):
             f'"top_logprobs_num":{top},"sampling_params":{{"temperature":0,"max_new_tokens":0}}}}'
         )
         skip = 1 if start else 0
-        scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
-        tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
+        try:
+            scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
+            tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
+        except (KeyError, TypeError, IndexError) as error:
+            raise EngineError(f"{self.name} sent scores of another shape: {str(meta)[:80]}") from error
         return scores, tops
 
     async def _meta(self, body: str) -> Any:
@@ -331,6 +358,11 @@ class SGLangEngine(RemoteEngine):
         if any(words in text for words in ("context length", "longer than", "maximum allowed length", "vocab")):
             return PromptError(f"{self.name}: {text}")
         return super()._refusal(refusal)
+
+
+def _wants_raw(sampling: Sampling) -> bool:
+    """Whether log-probabilities are asked for that a server may report at the sampling temperature only."""
+    return (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
 
 
 class OwnedSGLangEngine(SGLangEngine):

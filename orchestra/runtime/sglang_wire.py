@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,6 +13,7 @@ from orchestra.runtime.http import Fault, Refused, decode, raise_error
 from orchestra.runtime.remote import Sample
 
 _INTEGER = frozenset({int})  # a bool is none
+_ERROR = b'{"error":'
 _UNFINISHED = b'"finish_reason":null'
 
 
@@ -68,27 +70,32 @@ class Reading:
             sample = self._samples[index]
             if sample.ended:
                 continue
-            self._unread.pop(index, None)
             delta, aborted = self._delta(index, decode(event))
+            self._unread.pop(index, None)
             yield sample, delta
             if aborted is not None and not sample.cancelled:
                 raise_error(
                     {"code": aborted.get("status_code") or 503, "message": f"aborted: {aborted.get('message')}"}
                 )
 
-    def _worth_reading(self, batch: list[bytes]) -> Iterable[tuple[int, bytes]]:
+    def _worth_reading(self, batch: list[bytes]) -> Iterator[tuple[int, bytes]]:
         several = len(self._samples) > 1
         if self._incremental:
-            return [(_index(event) if several else 0, event) for event in batch]
+            for event in batch:
+                yield _index(event) if several else 0, event
+            return
         # Of what is cumulative only the last event counts; and if nobody watches, only the end.
         latest: dict[int, bytes] = {}
         for event in batch:
+            if event.startswith(_ERROR):  # after what came before it
+                yield from latest.items()
+                raise_error(decode(event)["error"])
             index = _index(event) if several else 0
             if self._quiet and _UNFINISHED in event:
                 self._unread[index] = event
             else:
                 latest[index] = event
-        return latest.items()
+        yield from latest.items()
 
     def rest(self, sample: Sample) -> Delta | None:
         """What came of a sample and was not looked at; its end is not in it."""
@@ -104,7 +111,7 @@ class Reading:
 
     def _delta(self, index: int, event: Any) -> tuple[Delta, Mapping[str, Any] | None]:
         """What an event adds to what this try has brought before; and the server's reason, if it aborted."""
-        if isinstance(event, dict) and "error" in event:
+        if isinstance(event, dict) and event.get("error"):
             raise_error(event["error"])
         sample = self._samples[index]
         try:
@@ -113,13 +120,16 @@ class Reading:
             seen, shown = self._seen[index], self._shown[index]
             cumulative = len(ids) == count
             delta = Delta(ids[seen:] if cumulative else ids, count - seen, text[shown:] if cumulative else text)
-            if len(delta.tokens) != delta.count or not _INTEGER.issuperset(map(type, delta.tokens)):
+            if not isinstance(ids, list) or not _INTEGER.issuperset((type(count), *map(type, delta.tokens))):
+                raise TypeError
+            if len(delta.tokens) != delta.count or not isinstance(delta.text, str):
                 raise ValueError
             self._seen[index] = count
             self._shown[index] = len(text) if cumulative else shown + len(text)
-            if "output_token_logprobs" in meta:
-                _add_logprobs(delta, meta, sample.request.sampling)
-            if not sample.count and not seen:
+            sampling = sample.request.sampling
+            if delta.count and (sampling.logprobs or sampling.top_logprobs or "output_token_logprobs" in meta):
+                _add_logprobs(delta, meta, sampling)
+            if delta.count and not sample.count and not seen:  # told with every event
                 delta.cached_tokens = int(meta.get("cached_tokens") or 0)
             if reason is None:
                 return delta, None
@@ -132,7 +142,7 @@ class Reading:
                 delta.eos = True
             elif kind == "stop":
                 delta.matched = matched
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise Fault(f"it sent an answer of another shape: {str(event)[:80]}") from error
         return delta, None
 
@@ -140,17 +150,26 @@ class Reading:
 def _add_logprobs(delta: Delta, meta: Mapping[str, Any], sampling: Sampling) -> None:
     """Log-probabilities of the new tokens, as the server reports them."""
     entries = meta["output_token_logprobs"]
-    delta.logprobs = [float(entry[0]) for entry in entries[len(entries) - delta.count :]]
+    if len(entries) < delta.count:
+        raise ValueError
+    delta.logprobs = [_number(entry[0]) for entry in entries[len(entries) - delta.count :]]
     if sampling.temperature:
         delta.tempered = list(delta.logprobs)
     if sampling.top_logprobs:
         tops = meta["output_top_logprobs"]
+        if len(tops) < delta.count:
+            raise ValueError
         delta.top = [alternatives(top) for top in tops[len(tops) - delta.count :]]
 
 
 def alternatives(entries: Iterable[Sequence[Any]]) -> Mapping[int, float]:
     """One position's `[logprob, id, text]` triples as `{id: logprob}`."""
-    return {entry[1]: entry[0] for entry in entries}
+    return {entry[1]: _number(entry[0]) for entry in entries}
+
+
+def _number(logprob: float | None) -> float:
+    """A log-probability; minus infinity is null in JSON."""
+    return -math.inf if logprob is None else float(logprob)
 
 
 def _index(event: bytes) -> int:
@@ -159,9 +178,9 @@ def _index(event: bytes) -> int:
     if tail.isdigit() and event.endswith(b'"index":' + tail + b"}"):
         return int(tail)
     found = decode(event)
-    if isinstance(found, dict) and "error" in found:
+    if isinstance(found, dict) and found.get("error"):
         raise_error(found["error"])
     try:
         return int(found["index"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Fault("it sent a sample without its index") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,12 +35,19 @@ class ServerTokens:
         server: the way to it.
         encode, decode: its paths (SGLang's by default; vLLM has others).
         model: sent along where a server wants it.
+        batched: whether it decodes several lists at once.
     """
 
     def __init__(
-        self, server: Server, encode: str = "/v1/tokenize", decode: str = "/v1/detokenize", model: str = ""
+        self,
+        server: Server,
+        encode: str = "/v1/tokenize",
+        decode: str = "/v1/detokenize",
+        model: str = "",
+        *,
+        batched: bool = True,
     ) -> None:
-        self._server, self._encode, self._decode = server, encode, decode
+        self._server, self._encode, self._decode, self._batched = server, encode, decode, batched
         self._model = {"model": model} if model else {}
         self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()
 
@@ -79,6 +87,8 @@ class ServerTokens:
 
     async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
         """Texts of lists of ids; one question, tried once."""
+        if not self._batched:
+            return [await self._decode_one(ids) if ids else "" for ids in lists]
         whole = [ids for ids in lists if ids]
         body = {"tokens": whole, "skip_special_tokens": skip_special}
         answer = await self._server.ask("POST", self._decode, body) if whole else {"text": []}
@@ -86,6 +96,14 @@ class ServerTokens:
             texts = iter(answer["text"])
             return [str(next(texts)) if ids else "" for ids in lists]
         except (KeyError, TypeError, StopIteration) as error:
+            raise Fault("it sent text of another shape") from error
+
+    async def _decode_one(self, ids: list[int]) -> str:
+        """The same as vLLM has it."""
+        answer = await self._server.ask("POST", self._decode, {**self._model, "tokens": ids})
+        try:
+            return str(answer["prompt"])
+        except (KeyError, TypeError) as error:
             raise Fault("it sent text of another shape") from error
 
     async def _ids(self, text: str, special: bool) -> list[int]:
@@ -143,7 +161,7 @@ class Contexts:
     """Token ids that stand before generations, ready to be sent; what forks share is put together once.
 
     Attributes:
-        highest: the highest id that tokenizer or server has given us.
+        highest: the highest id that tokenizer or model has given us.
         vocabulary: size of the vocabulary; None until it had to be asked.
     """
 
@@ -152,6 +170,7 @@ class Contexts:
         self._known: dict[int, dict[tuple[int, int], tuple[str, int]]] = {}  # by graph, then by edge
         self.highest = -1
         self.vocabulary: int | None = None
+        self._asking = asyncio.Lock()
 
     def saw(self, ids: Iterable[int]) -> None:
         """Ids that are certainly in the vocabulary."""
@@ -199,8 +218,9 @@ class Contexts:
         """Refuse ids outside the vocabulary: they would end an SGLang server."""
         if not ids or (min(ids) >= 0 and max(ids) <= self.highest):
             return
-        if self.vocabulary is None:
-            self.vocabulary = await self._ask_vocabulary()
+        async with self._asking:
+            if self.vocabulary is None:
+                self.vocabulary = await self._ask_vocabulary()
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
             raise PromptError(f"token id {wrong[0]} is not in the vocabulary of {self._name}: 0..{self.vocabulary - 1}")
 
