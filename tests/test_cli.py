@@ -157,7 +157,14 @@ def test_lists(orchestra: Main) -> None:
     for word in ("spawn_join", "samples=8", "drafts=sample", "how many race", "continue", "any engine", "2505.18149"):
         assert word in out
     assert "small, hard" in orchestra("tasks")[1]
-    assert "local:PATH_OR_ID?dtype=bfloat16&device=cuda" in orchestra("engines")[1]
+    engines = orchestra("engines")[1]
+    for word in ("demo", "sglang://HOST:PORT", "openai://HOST:PORT", "replay:FILE.jsonl", "patience=120", "key_file"):
+        assert word in engines
+    code, out, _ = orchestra("engines", "demo")
+    assert code == 0
+    assert "fingerprint" in out
+    assert "reuse_join" in out
+    assert orchestra("engines", "warp:9")[0] == 2
 
 
 def test_attributes_of_a_docstring() -> None:

@@ -98,7 +98,7 @@ def test_unknown_schemes_list_the_known() -> None:
     assert "(known: demo, local, openai, openais, replay, sglang)" in text
     for url in ("", "h:1", "SGLANG://h:1", "http://h:1/v1"):
         assert "(known: demo, local" in refused(url)
-    assert {url.partition(":")[0] for url in ENGINES} | {"openais"} == {
+    assert {form.url.partition(":")[0] for form in ENGINES} | {"openais"} == {
         *("demo", "local", "openai", "openais", "replay", "sglang")
     }
 
@@ -185,13 +185,13 @@ def test_no_error_repeats_a_key(url: str) -> None:
 def test_keys_come_from_the_environment_or_a_file(
     url: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert open_engine(url).server._headers == {}
+    assert open_engine(url).server.headers == {}
     monkeypatch.setenv(variable, "from-env")
-    assert open_engine(url).server._headers == {"Authorization": "Bearer from-env"}
+    assert open_engine(url).server.headers == {"Authorization": "Bearer from-env"}
     file = tmp_path / "key"
     file.write_text("  from-file\n")
     engine = open_engine(f"{url}?key_file={file}")
-    assert engine.server._headers == {"Authorization": "Bearer from-file"}
+    assert engine.server.headers == {"Authorization": "Bearer from-file"}
     assert "from-" not in repr(engine) + repr(engine.server) + repr(engine.facts()) + engine.name
     file.write_text("\n")
     assert "is empty" in refused(f"{url}?key_file={file}")

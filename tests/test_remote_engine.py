@@ -108,7 +108,7 @@ def test_some_of_a_group_go_on_alone_after_a_break() -> None:
             assert outcome.usage.sampled_tokens == 4 * len([*IDS, EOS])
             assert outcome.usage.cached_tokens == 4 * 3
             assert [body["sampling_params"]["n"] for body in fake.bodies("/generate")] == [4, 1, 1, 1, 1]
-            assert len({body["rid"] for body in fake.bodies("/generate")}) == 5
+            assert len({str(body["rid"]) for body in fake.bodies("/generate")}) == 5
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
