@@ -100,8 +100,10 @@ class FakeSGLang:
             text = "token_ids_logprob contains out-of-vocabulary token id"
             return _refusal(f"{text} {wrong[0]}; valid range is [0, {VOCABULARY}).")
         assert all(0 <= i < VOCABULARY for i in ids), "this ends a real server"
-        if not body.get("stream"):
+        if not body.get("stream") and "rid" not in body:
             return web.json_response({"text": "", "output_ids": [], "meta_info": self._scores(body)})
+        if not body.get("stream"):
+            return await self._whole(request, body)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         left = self.break_after.pop(0) if self.break_after else None
@@ -123,8 +125,21 @@ class FakeSGLang:
         await asyncio.sleep(0.01)
         return response
 
-    def _event(self, answer: list[int], k: int, temperature: float, body: dict[str, Any]) -> dict[str, Any]:
-        since = k - 1 if self.incremental else 0
+    async def _whole(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        params = body["sampling_params"]
+        says = self.script(body["input_ids"])
+        answer = [*(said(says) if isinstance(says, str) else says), EOS][: params["max_new_tokens"]]
+        if self.break_after:
+            self.break_after.pop(0)
+            return await reset(request)
+        await asyncio.sleep(60 if self.frozen else 0)
+        events = [self._event(answer, len(answer), params["temperature"] or 1.0, body, 0) for _ in range(params["n"])]
+        return web.json_response(events if len(events) > 1 else events[0])
+
+    def _event(
+        self, answer: list[int], k: int, temperature: float, body: dict[str, Any], since: int | None = None
+    ) -> dict[str, Any]:
+        since = (k - 1 if self.incremental else 0) if since is None else since
         meta: dict[str, Any] = {"finish_reason": None, "completion_tokens": k, "cached_tokens": 3}
         if k == len(answer):
             meta["finish_reason"] = {"type": "stop", "matched": EOS} if answer[-1] == EOS else {"type": "length"}

@@ -13,12 +13,18 @@ from fakes import free_port, in_turn, says, serving
 import orchestra
 from orchestra.errors import EngineError, UsageError
 from orchestra.graph import Edge, ThreadGraph
-from orchestra.runtime import limits, remote
+from orchestra.runtime import limits, remote, sglang
 from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Delta, Request, Sampling
 
 TEXT = "yes, né 思 no"
 IDS = said(TEXT)
+
+
+@pytest.fixture(autouse=True)
+def _streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short generations too: what breaks here are streams."""
+    monkeypatch.setattr(sglang, "WHOLE_TOKENS", 0)
 
 
 def rest(ids: list[int]) -> list[int]:
@@ -109,6 +115,23 @@ def test_some_of_a_group_go_on_alone_after_a_break() -> None:
             assert outcome.usage.cached_tokens == 4 * 3
             assert [body["sampling_params"]["n"] for body in fake.bodies("/generate")] == [4, 1, 1, 1, 1]
             assert len({str(body["rid"]) for body in fake.bodies("/generate")}) == 5
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+@pytest.mark.parametrize(("samples", "breaks"), [(1, []), (1, [0, 0]), (4, []), (4, [0])])
+def test_short_answers_that_nobody_watches_come_whole(samples: int, breaks: list[int], monkeypatch) -> None:
+    monkeypatch.setattr(sglang, "WHOLE_TOKENS", 1024)
+
+    async def main() -> None:
+        async with connected(FakeSGLang(rest, break_after=list(breaks))) as (fake, connection):
+            outcome = await connection.run(f"self_consistency(samples={samples})", "go", max_tokens=1024)
+            assert [candidate.text for candidate in outcome.candidates] == [TEXT] * samples
+            assert outcome.usage.sampled_tokens == samples * len([*IDS, EOS])
+            asked = [(body["stream"], body["sampling_params"]["n"]) for body in fake.bodies("/generate")]
+            assert asked == [(False, samples)] * (1 + len(breaks))
+            await connection.run("sample", "go", max_tokens=1025)
+            assert fake.bodies("/generate")[-1]["stream"] is True
 
     asyncio.run(asyncio.wait_for(main(), 20))
 

@@ -13,13 +13,19 @@ from fakes import Fake, in_turn, says, serving
 from orchestra import Thread, strategy
 from orchestra.errors import EngineError, PromptError
 from orchestra.graph import Edge, Node, Span, ThreadGraph
-from orchestra.runtime import limits, tokens
+from orchestra.runtime import limits, sglang, tokens
 from orchestra.runtime.engine import Request, Sampling
 from orchestra.runtime.http import Refused, Server
 from orchestra.runtime.limits import Limits
 from orchestra.runtime.tokens import Contexts, ServerTokens, last_ids
 
 USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(autouse=True)
+def _streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short generations too: what breaks here are streams."""
+    monkeypatch.setattr(sglang, "WHOLE_TOKENS", 0)
 
 
 def ask(work: Any, server: Any = None, **options: Any) -> tuple[Any, Fake]:

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+import orjson
+
 from orchestra.errors import EngineDown, EngineError, OrchestraError
 from orchestra.runtime.limits import Gate, Limits, backoff, retry_after
 
@@ -223,7 +225,11 @@ def decode(body: bytes) -> Any:
         Fault: it is damaged.
     """
     try:
-        return json.loads(body.decode())
+        return orjson.loads(body)
+    except ValueError:
+        pass
+    try:
+        return json.loads(body.decode())  # some servers write NaN and Infinity, which is Python's JSON only
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is one
         raise Fault(f"it sent what is not JSON: {body[:60]!r}") from error
 

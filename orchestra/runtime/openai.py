@@ -9,6 +9,7 @@ begun cannot be continued unless the server knows `continue_final_message` (`?co
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,7 @@ _RECOGNISED: tuple[tuple[Flavour, str], ...] = (
     ("vllm", "/version"),
 )
 _WHOLE_TOKENS = 1024  # answers that nobody watches and that are no longer than this are asked for whole
+_ALL_TOKENS = 4096  # of a completion without limit, on a server that does not say how long its context is
 _CHARACTERS_A_TOKEN = 4  # an estimate, for text that only an unknown server could count
 
 
@@ -288,6 +290,8 @@ class OpenAIEngine(RemoteEngine):
                 limit = self.context_length
                 raise PromptError(f"the prompt has {count} tokens; with the answer, {self.name} has room for {limit}")
             most = min(most or room, room)
+        if most is None and path == "/completions":  # the API's own default is 16
+            most = _ALL_TOKENS
         if most is not None:
             body[self._limit] = most - sample.count
         if len(call.samples) > 1:
@@ -353,7 +357,8 @@ class OpenAIEngine(RemoteEngine):
             answer = await self.server.ask("POST", self._prefix + "/completions", body)
             try:
                 found = answer["choices"][0]["logprobs"]["token_logprobs"]
-                return [value or 0.0 for value in found[start : len(ids)]]
+                scores = [-math.inf if value is None else float(value) for value in found[start : len(ids)]]
+                return scores if start else [0.0, *scores[1:]]
             except (KeyError, TypeError, IndexError) as error:
                 raise Fault("it sent scores of another shape") from error
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,11 @@ from orchestra.runtime.http import Fault, Refused, Server, decode, events, settl
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_about import About, about
 from orchestra.runtime.sglang_server import SGLangServer
-from orchestra.runtime.sglang_wire import Reading, alternatives, settings
+from orchestra.runtime.sglang_wire import Reading, alternatives, number, settings
 from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
 
+WHOLE_TOKENS = 1024  # what nobody watches and is no longer than this is asked for whole, the rest as a stream: a long
+# generation should not look like a silent server, nor be lost when its connection breaks
 QUIET_INTERVAL = 256  # tokens between signs of life of a generation that nobody watches
 _WATCHED_CHUNKS = 256  # most chunks of a cumulative stream: its bytes grow with tokens x chunks
 _NO_LIMIT = 2**31 - 1
@@ -158,7 +160,7 @@ class SGLangEngine(RemoteEngine):
         if wants_raw and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
         try:
-            body = await self._body(call)
+            body, whole = await self._body(call)
         except Full:
             for sample in call.samples:
                 last = Delta(finish_reason="length")
@@ -171,15 +173,11 @@ class SGLangEngine(RemoteEngine):
         reading = call.state = Reading(call.samples, self._incremental)
         try:
             async with self.server.request("POST", "/generate", body) as response:
+                if whole:
+                    await self._take(reading.read_whole(decode(await response.read())), wants_raw)
+                    return
                 async for batch in events(response):
-                    for sample, delta in reading.read(batch):
-                        if sample.resumed:
-                            await self._retell(sample, delta)
-                        if wants_raw and self._tempered:
-                            await self._add_raw(sample, delta)
-                        elif wants_raw:
-                            delta.tempered = []
-                        self._give(sample, delta)
+                    await self._take(reading.read(batch), wants_raw)
                     if not call.live:
                         await settle(response)
                         return
@@ -187,12 +185,22 @@ class SGLangEngine(RemoteEngine):
             for sample in call.live:
                 self._keep(call, sample)
 
+    async def _take(self, found: Iterable[tuple[Sample, Delta]], wants_raw: bool) -> None:
+        for sample, delta in found:
+            if sample.resumed:
+                await self._retell(sample, delta)
+            if wants_raw and self._tempered:
+                await self._add_raw(sample, delta)
+            elif wants_raw:
+                delta.tempered = []
+            self._give(sample, delta)
+
     def _give(self, sample: Sample, delta: Delta) -> None:
         self._contexts.saw(delta.tokens)
         super()._give(sample, delta)
 
-    async def _body(self, call: Call) -> bytes:
-        """The request.
+    async def _body(self, call: Call) -> tuple[bytes, bool]:
+        """The request, and whether it asks for a whole answer rather than a stream.
 
         Raises:
             Full: nothing is left to ask for.
@@ -213,13 +221,14 @@ class SGLangEngine(RemoteEngine):
             interval = QUIET_INTERVAL
         else:
             interval = self._interval or max(request.chunk, 1 if self._incremental else most // _WATCHED_CHUNKS)
-        n = len(call.samples)
+        n, whole = len(call.samples), request.chunk == 0 and most <= WHOLE_TOKENS
         # As a string, the id of several samples leaves n - 1 entries behind in the server's tables, for ever.
         rid = f'"{call.rid}"' if n == 1 else f'["{call.rid}"]'
-        return (
-            f'{{"rid":{rid},"input_ids":[{ids}],"stream":true,{settings(sampling)}'
+        body = (
+            f'{{"rid":{rid},"input_ids":[{ids}],"stream":{"false" if whole else "true"},{settings(sampling)}'
             f'"max_new_tokens":{most},"stream_interval":{interval},"n":{n}}}}}'
-        ).encode()
+        )
+        return body.encode(), whole
 
     def _room(self, request: Request, count: int, done: int) -> int:
         """How many tokens may come after `count`, of which `done` have come.
@@ -324,7 +333,9 @@ class SGLangEngine(RemoteEngine):
         )
         skip = 1 if start else 0
         try:
-            scores = [entry[0] or 0.0 for entry in meta["input_token_logprobs"][skip:]]
+            scores = [number(entry[0]) for entry in meta["input_token_logprobs"][skip:]]
+            if not start:
+                scores[0] = 0.0
             tops = [alternatives(entries or ()) for entries in meta["input_top_logprobs"][skip:]] if top else []
         except (KeyError, TypeError, IndexError) as error:
             raise EngineError(f"{self.name} sent scores of another shape: {str(meta)[:80]}") from error

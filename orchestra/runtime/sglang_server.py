@@ -89,11 +89,7 @@ class SGLangServer:
                 raise UsageError(one_of("SGLang setting", name, FLAGS))
         self.model, self.port = model, port or free_port()
         self._flags, self._outlive = dict(flags or {}), outlive
-        if log is None:
-            handle, name = tempfile.mkstemp(prefix=f"sglang-{self.port}-", suffix=".log")
-            os.close(handle)
-            log = Path(name)
-        self.log = log
+        self.log = log or Path(tempfile.gettempdir()) / f"sglang-{self.port}-{os.getpid()}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:

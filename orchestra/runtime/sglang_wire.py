@@ -67,16 +67,25 @@ class Reading:
         for index, event in self._worth_reading(batch):
             if not 0 <= index < len(self._samples):
                 raise Fault(f"it sent sample {index} of {len(self._samples)}")
-            sample = self._samples[index]
-            if sample.ended:
-                continue
-            delta, aborted = self._delta(index, decode(event))
-            self._unread.pop(index, None)
-            yield sample, delta
-            if aborted is not None and not sample.cancelled:
-                raise_error(
-                    {"code": aborted.get("status_code") or 503, "message": f"aborted: {aborted.get('message')}"}
-                )
+            if not self._samples[index].ended:
+                yield from self._one(index, decode(event))
+
+    def read_whole(self, answer: Any) -> Iterator[tuple[Sample, Delta]]:
+        """What an answer says that was asked for whole. See `read`."""
+        answers = answer if isinstance(answer, list) else [answer]
+        if len(answers) != len(self._samples):
+            raise Fault(f"it sent {len(answers)} samples, not {len(self._samples)}")
+        for index, event in enumerate(answers):
+            yield from self._one(index, event)
+
+    def _one(self, index: int, event: Any) -> Iterator[tuple[Sample, Delta]]:
+        sample = self._samples[index]
+        delta, aborted = self._delta(index, event)
+        self._unread.pop(index, None)
+        yield sample, delta
+        if aborted is not None and not sample.cancelled:
+            why = f"aborted: {aborted.get('message')}"
+            raise_error({"code": aborted.get("status_code") or 503, "message": why})
 
     def _worth_reading(self, batch: list[bytes]) -> Iterator[tuple[int, bytes]]:
         several = len(self._samples) > 1
@@ -152,7 +161,7 @@ def _add_logprobs(delta: Delta, meta: Mapping[str, Any], sampling: Sampling) -> 
     entries = meta["output_token_logprobs"]
     if len(entries) < delta.count:
         raise ValueError
-    delta.logprobs = [_number(entry[0]) for entry in entries[len(entries) - delta.count :]]
+    delta.logprobs = [number(entry[0]) for entry in entries[len(entries) - delta.count :]]
     if sampling.temperature:
         delta.tempered = list(delta.logprobs)
     if sampling.top_logprobs:
@@ -164,10 +173,10 @@ def _add_logprobs(delta: Delta, meta: Mapping[str, Any], sampling: Sampling) -> 
 
 def alternatives(entries: Iterable[Sequence[Any]]) -> Mapping[int, float]:
     """One position's `[logprob, id, text]` triples as `{id: logprob}`."""
-    return {entry[1]: _number(entry[0]) for entry in entries}
+    return {entry[1]: number(entry[0]) for entry in entries}
 
 
-def _number(logprob: float | None) -> float:
+def number(logprob: float | None) -> float:
     """A log-probability; minus infinity is null in JSON."""
     return -math.inf if logprob is None else float(logprob)
 
