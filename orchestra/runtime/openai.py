@@ -14,13 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import orjson
+
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.engine import Capability, Delta, Message, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.openai_wire import Reading
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
-from orchestra.runtime.tokens import Contexts, ServerTokens
+from orchestra.runtime.tokens import Contexts, ServerTokens, listed
 
 Flavour = Literal["sglang", "vllm", ""]
 
@@ -224,7 +226,7 @@ class OpenAIEngine(RemoteEngine):
             return
         reading = Reading(call.samples, stops)
         try:
-            async with self.server.request("POST", self._prefix + path, json.dumps(body).encode()) as response:
+            async with self.server.request("POST", self._prefix + path, orjson.dumps(body)) as response:
                 if whole:
                     await self._give_all(reading.read(decode(await response.read())), sampling)
                 else:
@@ -280,7 +282,8 @@ class OpenAIEngine(RemoteEngine):
         elif self.flavour:
             path = "/completions"
             ids, count = await self._contexts.before(request.graph, request.node)
-            body["prompt"] = [*map(int, ids.split(",")), *sample.tokens]
+            given = f"{ids},{listed(tuple(sample.tokens))}" if sample.tokens else ids
+            body["prompt"] = orjson.Fragment(f"[{given}]")  # written already: forks send the same ids again and again
         else:
             path = "/completions"
             body["prompt"] = _text(request) + sample.text
