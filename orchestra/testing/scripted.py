@@ -141,7 +141,7 @@ class ScriptedEngine(Engine):
     async def release(self, graph: ThreadGraph) -> None:
         """Cancel what still runs of the run."""
         for playing in [playing for playing in self._live if playing.request.graph is graph]:
-            self._drop(playing)
+            self._cancel(playing)
         self._clocks.pop(id(graph), None)
         self.released.append(graph)
 

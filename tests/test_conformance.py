@@ -1,0 +1,168 @@
+"""The conformance suite passes on engines that need no server, and finds what an engine does wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestra.errors import PromptError
+from orchestra.graph import Span
+from orchestra.runtime.connect import open_engine
+from orchestra.runtime.engine import Capability, Delta, Engine, Load, Request, Stream
+from orchestra.testing import check_engine
+from orchestra.testing.scripted import ScriptedEngine
+
+REPLY = " so we try 3 and 7 which is 10 and then 10 and 8 which is 18 $"
+
+
+def scripted(context: str, path: tuple[int, ...]) -> str:
+    """One fixed reply, gone on with from wherever it was left."""
+    for at in range(len(REPLY), -1, -1):
+        if context.endswith(REPLY[:at]):
+            return REPLY[at:]
+    return REPLY
+
+
+def checked(engine: Engine, **options: Any) -> list[str]:
+    async def main() -> list[str]:
+        try:
+            return await check_engine(engine, **options)
+        finally:
+            await engine.close()
+
+    return asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_on_the_embedded_model() -> None:
+    assert len(checked(open_engine("demo"))) == 19  # all of them
+
+
+def test_on_recorded_samples(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    record = {"task": "t", "id": "1", "text": "it is 4", "sampled_tokens": 20, "finish_reason": "stop"}
+    file.write_text("".join(json.dumps({**record, "repeat": k}) + "\n" for k in range(3)))
+    assert "cancelled_after_a_token" in checked(open_engine(f"replay:{file}"), item="1")
+
+
+class Fake(ScriptedEngine):
+    """Keeps the protocol, but for what its subclasses do; without seeds, which a script does not have."""
+
+    capabilities = frozenset({Capability.CONTINUE, Capability.LOGPROBS})
+
+    def __init__(self) -> None:
+        super().__init__(scripted)
+
+
+def test_a_scripted_engine_keeps_it() -> None:
+    assert {"stops", "continues", "forced_text", "logprobs"} <= set(checked(Fake()))
+
+
+class CountsWrong(Fake):
+    def _next(self, playing: Any) -> Delta:
+        delta = super()._next(playing)
+        delta.count += 1
+        return delta
+
+
+class Forgets(Fake):
+    def load(self) -> Load:
+        return Load(requests=len(self._live))
+
+
+class TakesEmptyPrompts(Fake):
+    async def encode_prompt(self, prompt: Any, **template: Any) -> Span:
+        return self._span("prompt", prompt or "nothing")
+
+
+class IgnoresLimits(Fake):
+    def _next(self, playing: Any) -> Delta:
+        delta = super()._next(playing)
+        if delta.finish_reason == "length":
+            delta.finish_reason = None
+        return delta
+
+
+class IgnoresStops(Fake):
+    def _next(self, playing: Any) -> Delta:
+        delta = super()._next(playing)
+        if delta.matched is not None:
+            delta.matched = None
+            delta.finish_reason = delta.finish_reason if delta.eos else None
+        return delta
+
+
+class StartsAnew(Fake):
+    """Goes on from the prompt, whatever stands after it."""
+
+    def __init__(self) -> None:
+        ScriptedEngine.__init__(self, lambda *_: REPLY)
+
+
+class NeverEnds(Fake):
+    """Keeps what has ended, and goes on with it when it is cancelled."""
+
+    def _drop(self, playing: Any) -> None:
+        if playing.timer is not None:
+            playing.timer.cancel()
+
+
+class ForgetsReaders(Fake):
+    """Drops a run without ending its streams."""
+
+    async def release(self, graph: Any) -> None:
+        for playing in [playing for playing in self._live if playing.request.graph is graph]:
+            self._drop(playing)
+
+
+class EndsTwice(Fake):
+    def generate(self, request: Request) -> Stream:
+        stream = super().generate(request)
+        stream.push(Delta([0], 1, "", finish_reason="stop"))
+        return stream
+
+
+class NoLogprobs(Fake):
+    def _next(self, playing: Any) -> Delta:
+        delta = super()._next(playing)
+        delta.logprobs = []
+        return delta
+
+
+class Nameless(Fake):
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (CountsWrong, "tokens and count differ"),
+        (Forgets, r"load\(\) counts"),
+        (TakesEmptyPrompts, "was not refused"),
+        (IgnoresLimits, "tokens with max_tokens"),
+        (IgnoresStops, "stopped by None"),
+        (StartsAnew, "in two parts it says"),
+        (NeverEnds, r"load\(\) counts"),
+        (ForgetsReaders, "never ends"),
+        (EndsTwice, "."),
+        (NoLogprobs, "0 log-probabilities"),
+        (Nameless, "do not name the engine"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else None,
+)
+def test_it_finds(kind: type[Fake], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestra.testing.conformance._SECONDS", 0.5)
+    with pytest.raises(AssertionError, match=message):
+        checked(kind())
+
+
+def test_a_prompt_error_of_an_engine_is_no_failure() -> None:
+    async def main() -> None:
+        with pytest.raises(PromptError):
+            await check_engine(open_engine("demo"), "What is the capital of France?")
+
+    asyncio.run(main())
