@@ -132,6 +132,14 @@ class NoLogprobs(Fake):
         return delta
 
 
+class DependsOnOthers(Fake):
+    def _next(self, playing: Any) -> Delta:
+        delta = super()._next(playing)
+        if len(self._live) > 1:
+            delta.text = delta.text.upper()
+        return delta
+
+
 class Nameless(Fake):
     def facts(self) -> dict[str, Any]:
         return {}
@@ -150,6 +158,7 @@ class Nameless(Fake):
         (ForgetsReaders, "never ends"),
         (EndsTwice, "."),
         (NoLogprobs, "0 log-probabilities"),
+        (DependsOnOthers, "beside others it says"),
         (Nameless, "do not name the engine"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,

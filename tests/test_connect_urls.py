@@ -10,7 +10,8 @@ import pytest
 
 from orchestra.errors import MissingExtraError, UsageError
 from orchestra.runtime import sglang_server
-from orchestra.runtime.connect import ENGINES, open_engine
+from orchestra.runtime.connect import open_engine
+from orchestra.runtime.forms import ENGINES
 from orchestra.runtime.limits import Limits
 from orchestra.runtime.openai import OpenAIEngine
 from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.padding import Padding
 
-    from orchestra.runtime.connect import EngineForm
+    from orchestra.runtime.forms import EngineForm
 
 
 def command(
@@ -29,7 +29,7 @@ def command(
     from rich.table import Table
 
     from orchestra.cli.strategies import attributes
-    from orchestra.runtime.connect import ENGINES
+    from orchestra.runtime.forms import ENGINES
     from orchestra.runtime.limits import Limits
 
     console = Console(highlight=False)

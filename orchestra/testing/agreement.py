@@ -9,8 +9,7 @@ from orchestra.graph import Edge, Node, ThreadGraph
 from orchestra.outcome import Outcome
 from orchestra.runtime.engine import Engine, Prompt, Request, Sampling
 from orchestra.strategies.base import Spec
-
-CLOSE_CALL = 1e-3  # between the two likeliest tokens (nats): rounding may decide there
+from orchestra.testing.laws import CLOSE_CALL
 
 
 async def check_agreement(
