@@ -25,6 +25,7 @@ class PlainServer:
         key: what it asks for.
         thinking: tokens that it sends through the reasoning channel first.
         break_after: of the next streams, tokens after which the connection is reset, before the end is said.
+        context: most tokens of prompt (one a character here) and answer together; 0 is no limit.
         counts: whether it tells its usage.
         pause: seconds before each chunk.
     """
@@ -37,6 +38,7 @@ class PlainServer:
         self.key = ""
         self.thinking: Sequence[str] = ()
         self.break_after: list[int] = []
+        self.context = 0
         self.counts = True
         self.pause = 0.0
         for name, value in options.items():
@@ -65,6 +67,12 @@ class PlainServer:
         if most < 1:
             return _error(400, "max_tokens must be at least 1")
         prompt = "\n".join(m["content"] for m in body["messages"]) if chat else body["prompt"]
+        if self.context and len(prompt) + most > self.context:
+            total = (
+                f"You requested a total of {len(prompt) + most} tokens: {len(prompt)} tokens from the input messages"
+            )
+            limit = f"the model's maximum context length of {self.context} tokens"
+            return _error(400, f"Requested token count exceeds {limit}. {total} and {most} tokens for the completion.")
         said = [(key, text) for key, texts in (("reasoning_content", self.thinking), ("content", self.script(prompt)))
                 for text in texts]  # fmt: skip
         ended = len(said) < most

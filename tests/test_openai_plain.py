@@ -186,6 +186,17 @@ def test_servers_that_only_take_max_completion_tokens(live: bool, query: str) ->
     assert 1 <= len(bodies) - len(right) <= 6
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_a_completion_without_limit_gets_all_the_room_there_is(live: bool) -> None:
+    server = PlainServer(lambda _: WORDS * 1000, context=100)
+    outcome, fake = run("sample", "How many?", server, live=live)
+    assert [body["max_tokens"] for body in sent(fake, TEXT)] == [4096, 91]
+    assert (outcome.usage.sampled_tokens, outcome.finish_reason) == (91, "length")
+    said = refused(PromptError, "sample", "How many?" * 20, PlainServer(lambda _: WORDS, context=100))
+    assert "maximum context length of 100 tokens" in said
+    refused(PromptError, "sample", "How many?", PlainServer(lambda _: WORDS, context=100), max_tokens=92)
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 

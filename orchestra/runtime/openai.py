@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -214,13 +215,13 @@ class OpenAIEngine(RemoteEngine):
     def _resumable(self, sample: Sample) -> bool:
         return self._completes and not isinstance(_root_span(sample.request), ChatSpan)
 
-    async def _try(self, call: Call) -> None:
+    async def _try(self, call: Call, room: int | None = None) -> None:
         request = call.samples[0].request
         sampling = request.sampling
         stops = () if self.flavour else sampling.stop
         short = sampling.max_tokens is not None and sampling.max_tokens <= _WHOLE_TOKENS
         whole = request.chunk == 0 and short and not stops
-        path, body = await self._body(call, stream=not whole)
+        path, body = await self._body(call, stream=not whole, room=room)
         if body.get(self._limit, 1) < 1:  # all had come when the connection broke, but not that it was all
             self._give(call.samples[0], Delta(finish_reason="length"))
             return
@@ -236,10 +237,13 @@ class OpenAIEngine(RemoteEngine):
                         if not call.live:
                             return
         except Refused as refusal:
-            if "max_tokens" not in body or "max_completion_tokens" not in str(refusal):
+            if "max_tokens" in body and "max_completion_tokens" in str(refusal):
+                self._limit = "max_completion_tokens"  # what newer hosted models call it
+                await self._try(call, room)
+            elif sampling.max_tokens is None and room is None and (found := _room(str(refusal))):
+                await self._try(call, found)  # "all there is room for" is for the server to say
+            else:
                 raise
-            self._limit = "max_completion_tokens"  # what newer hosted models call it
-            await self._try(call)
         except Fault:
             await self._give_all(reading.ends(), sampling)  # what has ended has ended, whatever came after it
             if call.live:
@@ -263,7 +267,7 @@ class OpenAIEngine(RemoteEngine):
         self._contexts.saw(delta.tokens)
         super()._give(sample, delta)
 
-    async def _body(self, call: Call, *, stream: bool) -> tuple[str, dict[str, Any]]:
+    async def _body(self, call: Call, *, stream: bool, room: int | None) -> tuple[str, dict[str, Any]]:
         sample = call.samples[0]
         request = sample.request
         sampling = request.sampling
@@ -294,7 +298,7 @@ class OpenAIEngine(RemoteEngine):
                 raise PromptError(f"the prompt has {count} tokens; with the answer, {self.name} has room for {limit}")
             most = min(most or room, room)
         if most is None and path == "/completions":  # the API's own default is 16
-            most = _ALL_TOKENS
+            most = room or _ALL_TOKENS
         if most is not None:
             body[self._limit] = most - sample.count
         if len(call.samples) > 1:
@@ -383,6 +387,13 @@ class OpenAIEngine(RemoteEngine):
         if "context" in text or "too long" in text:
             return PromptError(f"{self.name}: {text}")
         return super()._refusal(refusal)
+
+
+def _room(refusal: str) -> int:
+    """How many tokens fit after a prompt, from the refusal of too many; 0 if it does not say."""
+    context = re.search(r"maximum context length (?:of|is) (\d+)", refusal)
+    prompt = re.search(r"(\d+) (?:tokens from the input|in the (?:messages|prompt|input)|input tokens)", refusal)
+    return max(0, int(context[1]) - int(prompt[1])) if context and prompt else 0
 
 
 def _estimate(text: str) -> int:
