@@ -286,7 +286,7 @@ def test_eval_does_not_depend_on_concurrency(orchestra: Main, tmp_path: Path) ->
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    words = ["eval", "countdown", "--limit", "40", "--max-tokens", "150", "--concurrency", "4", "--out", str(folder)]
+    words = ["eval", "countdown", "--limit", "24", "--max-tokens", "150", "--concurrency", "4", "--out", str(folder)]
     return subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -305,8 +305,8 @@ def test_ctrl_c_saves_what_is_finished_and_kill_loses_nothing(tmp_path: Path) ->
     assert (process.returncode, out) == (130, ""), err
     assert err.count("\n") == 1
     saved = read_records(folder)
-    assert f"interrupted: {len(saved)} of 40 samples are saved; the same line with --out {folder} goes on" in err
-    assert 3 <= len(saved) < 40
+    assert f"interrupted: {len(saved)} of 24 samples are saved; the same line with --out {folder} goes on" in err
+    assert 3 <= len(saved) < 24
 
     process = start(folder)
     wait_for_samples(folder, len(saved) + 3, process)
@@ -320,7 +320,7 @@ def test_ctrl_c_saves_what_is_finished_and_kill_loses_nothing(tmp_path: Path) ->
         assert (process.returncode, out.count("±")) == (0, 1), err
     records = read_records(folder)
     assert {r.key: r.text for r in records} == {r.key: r.text for r in read_records(tmp_path / "whole")}
-    assert len(records) == 40
+    assert len(records) == 24
 
 
 def test_output_that_nobody_reads(tmp_path: Path) -> None:

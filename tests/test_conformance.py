@@ -169,9 +169,6 @@ def test_it_finds(kind: type[Fake], message: str, monkeypatch: pytest.MonkeyPatc
         checked(kind())
 
 
-def test_a_prompt_error_of_an_engine_is_no_failure() -> None:
-    async def main() -> None:
-        with pytest.raises(PromptError):
-            await check_engine(open_engine("demo"), "What is the capital of France?")
-
-    asyncio.run(main())
+def test_a_prompt_that_the_engine_refuses_is_the_callers_mistake() -> None:
+    with pytest.raises(PromptError, match="vocabulary"):
+        checked(open_engine("demo"), prompt="What is the capital of France?")
