@@ -18,6 +18,7 @@ from orchestra.spec import parse_strategy, render
 from orchestra.thread import BudgetCut, Thread
 
 _REGISTRY: dict[str, type[Strategy]] = {}
+_IN_PROCESS = frozenset({Capability.SEED, Capability.REUSE_JOIN})  # what no server offers
 
 
 class Strategy(BaseModel):
@@ -153,10 +154,9 @@ def _require(chosen: Strategy, thread: Thread) -> None:
     engine = thread._run.engine_for(thread._alias)
     missing = sorted(chosen.requirements() - engine.capabilities)
     if missing:
+        able = "local:PATH" if _IN_PROCESS.intersection(missing) else "local:PATH and sglang://HOST:PORT"
         why = " (recorded samples cannot be continued or scored)" if engine.recorded else ""
-        raise CapabilityError(
-            f"{chosen.name} needs {', '.join(missing)}, which {engine.name} cannot{why}; local:PATH can"
-        )
+        raise CapabilityError(f"{chosen.name} needs {', '.join(missing)}, which {engine.name} cannot{why}; {able} can")
 
 
 async def _call(chosen: Strategy, thread: Thread, scope: Scope) -> Thread | Outcome:
