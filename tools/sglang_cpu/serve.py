@@ -33,7 +33,7 @@ def start(port: int, model: str) -> None:
         return
     STATE.parent.mkdir(exist_ok=True)
     LOG.unlink(missing_ok=True)
-    flags = {"device": "cpu", "dtype": "float32", "max_total_tokens": "65536"}
+    flags = {"device": "cpu", "dtype": "float32", "max_total_tokens": "262144"}
     server = SGLangServer(model, port=port, flags=flags, log=LOG, outlive=True)
     print(f"starting an SGLang server (half a minute; log: {LOG})")
     server.start()
