@@ -71,7 +71,7 @@ class Thread:
         return self._answer_in(self.text)
 
     def _answer_in(self, text: str) -> str | None:
-        recorded: str | None = self._node.notes.get("answer") if self._node else None
+        recorded: str | None = self._node.notes.get("answer") if self._node is not None else None
         return self._run.extract(text) if recorded is None else recorded
 
     @property

@@ -14,7 +14,8 @@ from orchestra.runtime.connect import open_engine
 from orchestra.runtime.forms import ENGINES
 from orchestra.runtime.limits import Limits
 from orchestra.runtime.openai import OpenAIEngine
-from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine
+from orchestra.runtime.sglang import SGLangEngine
+from orchestra.runtime.sglang_owned import OwnedSGLangEngine
 from orchestra.runtime.sglang_server import FLAGS, SGLangServer
 
 LIMITS = "concurrency=3&rate=1.5&retries=4&timeout=7&patience=8"

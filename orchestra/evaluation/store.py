@@ -53,13 +53,13 @@ class Record(BaseModel):
     usage: Usage = Field(default_factory=Usage)
     error: str | None = None
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorator on a property
     @property
     def sampled_tokens(self) -> int:
         """Of the usage, where every reader of recorded samples finds them."""
         return self.usage.sampled_tokens
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator]  # mypy knows no decorator on a property
     @property
     def prompt_tokens(self) -> int:
         """Likewise."""

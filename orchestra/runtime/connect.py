@@ -94,7 +94,8 @@ def _sglang(url: str, target: str, parameters: dict[str, str]) -> Engine:
         raise UsageError("an SGLang engine needs a server, sglang://HOST:PORT, or a model to serve, sglang:PATH_OR_ID")
     limits = Limits.take(parameters)
     from orchestra.runtime.http import Server
-    from orchestra.runtime.sglang import OwnedSGLangEngine, SGLangEngine
+    from orchestra.runtime.sglang import SGLangEngine
+    from orchestra.runtime.sglang_owned import OwnedSGLangEngine
     from orchestra.runtime.sglang_server import FLAGS, SGLangServer
 
     if target.startswith("//"):

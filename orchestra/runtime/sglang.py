@@ -22,7 +22,6 @@ from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Samplin
 from orchestra.runtime.http import Fault, Refused, Server, decode, events, settle
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_about import About, about
-from orchestra.runtime.sglang_server import SGLangServer
 from orchestra.runtime.sglang_wire import Reading, alternatives, number, settings
 from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
 
@@ -374,31 +373,3 @@ class SGLangEngine(RemoteEngine):
 def _wants_raw(sampling: Sampling) -> bool:
     """Whether log-probabilities are asked for that a server may report at the sampling temperature only."""
     return (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
-
-
-class OwnedSGLangEngine(SGLangEngine):
-    """Starts a server on this machine when it is opened, and ends it when it is closed.
-
-    Args:
-        process: the server, not started.
-        server: the way to it.
-        options: see `SGLangEngine`.
-    """
-
-    def __init__(self, name: str, process: SGLangServer, server: Server, **options: Any) -> None:
-        super().__init__(name, server, **options)
-        self._process = process
-
-    async def _meet(self) -> None:
-        try:
-            self._process.start()
-            await self._process.ready()
-            await super()._meet()
-        except BaseException:
-            await asyncio.to_thread(self._process.stop)
-            raise
-
-    async def close(self) -> None:
-        """See `Engine.close`; the server ends too."""
-        await super().close()
-        await asyncio.to_thread(self._process.stop)

@@ -61,7 +61,7 @@ async def check_parity(engine: Engine, graph: ThreadGraph, model: Any = None, *,
         The largest difference, in nats.
     """
     if model is None:
-        model = engine.plain_model()  # type: ignore[attr-defined]
+        model = engine.plain_model()  # type: ignore[attr-defined]  # in-process engines have it
     row = flatten(graph)
     assert len(row), "nothing to compare: the graph has no tokens"
     logits = row_logits(model, graph)
@@ -101,7 +101,7 @@ async def check_greedy(engine: Engine, prompt: Prompt, tokens: int = 32, model: 
     import torch
 
     if model is None:
-        model = engine.plain_model()  # type: ignore[attr-defined]
+        model = engine.plain_model()  # type: ignore[attr-defined]  # in-process engines have it
     graph = ThreadGraph()
     span = await engine.encode_prompt(prompt)
     node = graph.add(spans=[span])

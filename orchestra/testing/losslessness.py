@@ -47,7 +47,7 @@ def check_losslessness(
     reads = [[i for i in range(4) if number(0, 1)] for _ in range(slots)]
     chunk_reads = [i for i in range(4) if number(0, 1)]
     echo_reads = [[number(0, 3)] for _ in range(echoes)]
-    plan = Plan(rows, kernel=kernel)  # type: ignore[arg-type]
+    plan = Plan(rows, kernel=kernel)  # type: ignore[arg-type]  # a plain str here, a Literal there
     seen: list[
         tuple[Tensor, Tensor]
     ] = []  # per row, the keys and values `[key heads, tokens, dim]`, put together densely

@@ -231,7 +231,7 @@ def main() -> None:
     children = int(rest[0]) if rest and rest[0] != "free" else None
     temperature = float(rest[1]) if len(rest) > 1 else 0.0
     model = AutoModelForCausalLM.from_pretrained(folder)
-    report = probe(model, level, split, int(items), mode=mode, children=children, temperature=temperature)  # type: ignore[arg-type]
+    report = probe(model, level, split, int(items), mode=mode, children=children, temperature=temperature)  # type: ignore[arg-type]  # mode: a plain str
     print(json.dumps(asdict(report)))
 
 

@@ -84,7 +84,7 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "loss_weights": weights}
 
 
-class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to mypy
     """`SFTTrainer` whose dataset rows are step numbers, drawn in order, and whose loss is weighted by token."""
 
     def __init__(self, *, mixture: Mixture, **options: Any) -> None:

@@ -64,8 +64,11 @@ class Segment:
 
     def __init__(self, memory: Memory, capacity: int) -> None:
         self.memory = memory
-        self.keys = memory.allocate(memory.heads, capacity)
-        self.values = memory.allocate(memory.heads, capacity)
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self.keys = self.memory.allocate(self.memory.heads, capacity)
+        self.values = self.memory.allocate(self.memory.heads, capacity)
 
     @property
     def capacity(self) -> int:
@@ -75,7 +78,7 @@ class Segment:
     def grow(self, capacity: int, used: int) -> None:
         """Make room for `capacity` tokens; the first `used` stay."""
         keys, values = self.keys, self.values
-        self.__init__(self.memory, capacity)  # type: ignore[misc]
+        self._allocate(capacity)
         self.keys[:, :, :used] = keys[:, :, :used]
         self.values[:, :, :used] = values[:, :, :used]
         self.memory.free(keys, values)
