@@ -20,6 +20,8 @@ class Usage(BaseModel):
         prompt_tokens, forced_tokens, sampled_tokens: tokens by who wrote them, each counted once in the graph.
         cached_tokens: context tokens whose keys and values were already on the engine when a request came.
         critical_path_tokens: sampled tokens along the longest dependent chain to the result.
+        sequential_tokens, total_tokens: input and output tokens of the calls on the heaviest dependent chain, and of
+            all calls, the input anew with each: `B_seq` and `B_total` of Parallel-Distill-Refine (arXiv 2510.01123).
         requests: generations.
         wall_seconds: time from start to result.
     """
@@ -29,12 +31,14 @@ class Usage(BaseModel):
     forced_tokens: int = 0
     sampled_tokens: int = 0
     critical_path_tokens: int = 0
+    sequential_tokens: int = 0
+    total_tokens: int = 0
     requests: int = 0
     wall_seconds: float = 0.0
 
     @classmethod
-    def of(cls, nodes: Iterable[Node], *, critical_path_tokens: int, wall_seconds: float) -> Usage:
-        """Count `nodes`."""
+    def of(cls, nodes: Iterable[Node], **measured: float) -> Usage:
+        """Count `nodes`; `measured` are the fields that the nodes alone do not tell."""
         tokens = {"prompt": 0, "forced": 0, "sampled": 0}
         cached = requests = 0
         for node in nodes:
@@ -47,9 +51,8 @@ class Usage(BaseModel):
             cached_tokens=cached,
             forced_tokens=tokens["forced"],
             sampled_tokens=tokens["sampled"],
-            critical_path_tokens=critical_path_tokens,
             requests=requests,
-            wall_seconds=wall_seconds,
+            **measured,
         )
 
 

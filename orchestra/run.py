@@ -8,7 +8,7 @@ drawing an edge. The *scope* is the innermost strategy at work; it counts nodes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from orchestra.answers import Extractor, extract_answer
 from orchestra.budget import Budget, Ledger, Reservation
+from orchestra.chains import Chains
 from orchestra.concurrency import first_error, uninterrupted
 from orchestra.errors import BudgetExceeded, CapabilityError, UsageError, one_of
 from orchestra.graph import Edge, Node, Span, ThreadGraph
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Path = tuple[int, ...]
+Watch = Callable[[Delta], bool]
 
 frontier: ContextVar[frozenset[int]] = ContextVar("orchestra_frontier", default=frozenset())
 current_scope: ContextVar[Scope | None] = ContextVar("orchestra_scope", default=None)
@@ -98,7 +100,8 @@ class Scope:
         self.nodes: list[Node] = []
         self.offers: list[Candidate] = [] if offers is None else offers
         self.began = run.clock.now()
-        self.base = self.reached = run.depth(frontier.get())
+        self.base = self.reached = run.chains.depth(frontier.get())
+        self.base_sequential = run.chains.sequential(frontier.get())
         self.on_progress: Callable[[], None] | None = None
 
     @property
@@ -146,7 +149,7 @@ class Run:
         self._started: list[asyncio.Task[Any]] = []
         self._forks: dict[Path, int] = {}
         self._drawn: set[tuple[Path, int]] = set()
-        self._depth: list[int] = []  # per node, sampled tokens on the heaviest chain to its end
+        self.chains = Chains(self.graph)
 
     async def __aenter__(self) -> Run:
         self._group = await asyncio.TaskGroup().__aenter__()
@@ -217,16 +220,12 @@ class Run:
         self._forks[path] = index + 1
         return (*path, index)
 
-    def depth(self, nodes: Iterable[int]) -> int:
-        """Sampled tokens on the heaviest chain that ends in one of `nodes`."""
-        return max((self._depth[n] for n in nodes), default=0)
-
     def add(self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str) -> Node:
         """Add a node that comes after its context and after the frontier."""
         behind = self.graph.view(context)
         awaited = [n for n in frontier.get() if n not in behind]
         node = self.graph.add(context, waits=awaited, path=path, spans=spans, engine=alias)
-        self._depth.append(self.depth(self.graph.predecessors(node.id)))
+        self.chains.add(node, sum(behind.values()))
         for owner in scope().chain:
             owner.nodes.append(node)
         return node
@@ -238,7 +237,7 @@ class Run:
         behind = self.graph.view(context)
         awaited = [n for n in frontier.get() if n not in behind]
         nodes = self.graph.add_siblings(context, waits=awaited, paths=paths, engine=alias)
-        self._depth += [self.depth(self.graph.predecessors(nodes[0].id))] * len(nodes)
+        self.chains.add_siblings(nodes, sum(behind.values()))
         for owner in scope().chain:
             owner.nodes += nodes
         for node in nodes:
@@ -252,9 +251,17 @@ class Run:
         return node
 
     async def generate(
-        self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str, sampling: Sampling
+        self,
+        context: Sequence[Edge],
+        spans: Sequence[Span],
+        path: Path,
+        alias: str,
+        sampling: Sampling,
+        watch: Watch | None = None,
     ) -> Generated:
         """Add a node and sample into it. Cancelled, it stops the engine and keeps what was decoded by then.
+
+        `watch` sees each delta and can end it; see `Thread.generate`.
 
         Raises:
             BudgetExceeded: nothing is left to sample with.
@@ -266,7 +273,7 @@ class Run:
         if len(context) > 1:
             self._refuse_reuse(engine)
         within = scope()
-        depth = self.depth(frontier.get() | {edge.parent for edge in context})
+        depth = self.chains.depth(frontier.get() | {edge.parent for edge in context})
         levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
         reservation = await Reservation.make(levels, sampling.max_tokens)
         used = 0
@@ -278,7 +285,7 @@ class Run:
                 return Generated(node, len(node), None, None)
             try:
                 with self.waiting_for(engine):
-                    last = await self._sample(engine, node, limited, within)
+                    last = await self._sample(engine, node, limited, within, watch)
             finally:
                 used = node.count("sampled")
         finally:
@@ -304,10 +311,6 @@ class Run:
         node.finish_reason = "length"
         return True
 
-    def deepen(self, node: Node, count: int) -> None:
-        """Note that tokens were sampled into a node."""
-        self._depth[node.id] += count
-
     def _draw(self, node: Node) -> None:
         """Claim the randomness at (path, position). Going on twice from one place is a fork in all but name."""
         if (tuple(node.path), node.end) in self._drawn:
@@ -316,19 +319,22 @@ class Run:
 
     def request(self, node: Node, sampling: Sampling, chunk: int = 0) -> Request:
         """The request to fill `node`, which has been added."""
-        path, depth = tuple(node.path), self._depth[node.id]
+        path, depth = tuple(node.path), self.chains.depth([node.id])
         return Request(self.graph, node, sampling, self.seed, path, chunk, depth, self.item, self.repeat)
 
-    async def _sample(self, engine: Engine, node: Node, sampling: Sampling, within: Scope) -> Delta:
-        watched = self.listener is not None or any(owner.on_progress for owner in within.chain)
+    async def _sample(
+        self, engine: Engine, node: Node, sampling: Sampling, within: Scope, watch: Watch | None
+    ) -> Delta:
+        watched = bool(self.listener or watch or any(owner.on_progress for owner in within.chain))
         request = self.request(node, sampling, chunk=1 if watched else 0)
         node.started = self.clock.now() - self.began
+        self.chains.call(node)
         self._emit("start", node, node.text)
         stream = engine.generate(request)
         sampled = Span("sampled")
         node.spans.append(sampled)
         try:
-            return await self._read(stream, node, sampled, within)
+            return await self._read(stream, node, sampled, within, watch)
         except asyncio.CancelledError:
             stream.cancel()
             await uninterrupted(self._read(stream, node, sampled, within))
@@ -340,7 +346,9 @@ class Run:
             node.ended = self.clock.now() - self.began
             self._emit("end", node)
 
-    async def _read(self, stream: Stream, node: Node, sampled: Span, within: Scope) -> Delta:
+    async def _read(
+        self, stream: Stream, node: Node, sampled: Span, within: Scope, watch: Watch | None = None
+    ) -> Delta:
         last = Delta()
         async for last in stream:
             sampled.tokens += last.tokens
@@ -350,13 +358,17 @@ class Run:
             node.cached_tokens += last.cached_tokens
             node.notes.update(last.notes)
             node.finish_reason = last.finish_reason
-            self.deepen(node, last.count)
+            self.chains.grow(node, last.count)
+            depth = self.chains.depth([node.id])
             for owner in within.chain:
-                owner.reached = max(owner.reached, self._depth[node.id])
+                owner.reached = max(owner.reached, depth)
                 if owner.on_progress:
                     owner.on_progress()
             if last.text:
                 self._emit("token", node, last.text)
+            if watch is not None and watch(last) and not last.finish_reason:
+                watch = None
+                stream.cancel()
         return last
 
     def _emit(self, kind: Literal["start", "token", "end"], node: Node, text: str = "") -> None:

@@ -56,6 +56,7 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, each: Each | N
     started = run.clock.now() - run.began
     for node in nodes:
         node.started = started
+        run.chains.call(node)
     frontier.set(frozenset(node.id for node in nodes))  # whoever looks at one comes after all
     reading = _Reading(run, threads, nodes, engine.generate_group(requests), each)
     try:
@@ -70,7 +71,7 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, each: Each | N
         await uninterrupted(reading.finish(quietly=True))
         raise
     finally:
-        depth = run.depth(node.id for node in nodes)
+        depth = run.chains.depth(node.id for node in nodes)
         for owner in scope().chain:
             owner.reached = max(owner.reached, depth)
     return [thread for thread in reading.grown if thread is not None]
@@ -123,7 +124,7 @@ class _Reading:
         node.cached_tokens = delta.cached_tokens
         node.notes = delta.notes
         node.ended = run.clock.now() - run.began
-        run.deepen(node, delta.count)
+        run.chains.grow(node, delta.count)
         if error is not None:
             node.finish_reason = "error"
             raise error

@@ -13,7 +13,7 @@ from orchestra.errors import BudgetExceeded, UsageError
 from orchestra.graph import Edge, Node, Span
 from orchestra.group import Future, gather, member_of, race
 from orchestra.outcome import Candidate, Outcome
-from orchestra.run import Path, Run, frontier, scope
+from orchestra.run import Path, Run, Watch, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
 from orchestra.siblings import Each
 from orchestra.stem import Later, Stem, Text, copy, encode
@@ -139,10 +139,12 @@ class Thread:
         stem = Stem(self._run, (self._stem,), self._tail, self.path, self._alias)
         return replace(self, _stem=stem, _tail=(), _before=self.text)
 
-    async def generate(self, **sampling: Any) -> Thread:
+    async def generate(self, *, watch: Watch | None = None, **sampling: Any) -> Thread:
         """Sample until a stop or a limit.
 
         Args:
+            watch: called with every `Delta` as it comes; once it returns True the generation is cancelled, on the
+                server too, and the thread is what there is of it (`finish_reason` is then `cancelled`).
             sampling: fields of `Sampling` (temperature, top_p, max_tokens, stop, ...); what is not given comes from
                 `using`, the run's settings, and last `Sampling`'s defaults.
 
@@ -155,7 +157,7 @@ class Thread:
         edges = await self._stem.edges()
         spans = await encode(self._run, edges, self._tail, self._alias)
         try:
-            done = await self._run.generate(edges, spans, self.path, self._alias, settings)
+            done = await self._run.generate(edges, spans, self.path, self._alias, settings, watch)
         except BudgetExceeded as spent:
             raise BudgetCut(spent, self) from None
         text = self.text + "".join(span.text for span in done.node.spans if span.origin == "sampled")

@@ -30,6 +30,7 @@ def test_time_takes_the_tokens_at_the_rate(engine: Any) -> None:
     outcome = run(engine(100, rate=50), "sample")
     assert outcome.usage.model_dump() == {
         "prompt_tokens": 1, "cached_tokens": 0, "forced_tokens": 0, "sampled_tokens": 100, "critical_path_tokens": 100,
+        "sequential_tokens": 101, "total_tokens": 101,
         "requests": 1, "wall_seconds": 2.0,
     }  # fmt: skip
     (node,) = [node for node in outcome.graph.nodes if node.started is not None]

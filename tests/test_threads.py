@@ -42,6 +42,8 @@ def test_one_generation() -> None:
         "forced_tokens": 0,
         "sampled_tokens": 4,
         "critical_path_tokens": 4,
+        "sequential_tokens": 7,
+        "total_tokens": 7,
         "requests": 1,
     }
     assert ThreadGraph.from_json(outcome.graph.to_json()) == outcome.graph

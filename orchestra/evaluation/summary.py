@@ -28,7 +28,8 @@ class Summary(BaseModel):
         stderr: its standard error, clustered by item.
         maj_at_k: accuracy of a majority vote over the samples of each item; by k, the number of samples.
         pass_at_k: chance that one of k samples is correct, unbiased; by k.
-        sampled_tokens, critical_path_tokens, wall_seconds: means over the samples that did not fail.
+        sampled_tokens, critical_path_tokens, sequential_tokens, total_tokens, wall_seconds: means over the samples that
+            did not fail; see `Usage`.
         critical_path_tokens_p95: 95th percentile.
         accuracy_within: accuracy when samples with a longer critical path count as wrong; by tokens.
         ungraded: samples without a grade; they count neither way.
@@ -47,6 +48,8 @@ class Summary(BaseModel):
     sampled_tokens: float | None
     critical_path_tokens: float | None
     critical_path_tokens_p95: float | None
+    sequential_tokens: float | None = None
+    total_tokens: float | None = None
     wall_seconds: float | None
     ungraded: int
     failed: int
@@ -90,6 +93,8 @@ def summarise(plan: Plan, records: Iterable[Record]) -> Summary:
         sampled_tokens=_known(mean(r.usage.sampled_tokens for r in done)),
         critical_path_tokens=_known(mean(r.usage.critical_path_tokens for r in done)),
         critical_path_tokens_p95=_known(percentile((r.usage.critical_path_tokens for r in done), 0.95)),
+        sequential_tokens=_known(mean(r.usage.sequential_tokens for r in done)),
+        total_tokens=_known(mean(r.usage.total_tokens for r in done)),
         wall_seconds=_known(mean(r.usage.wall_seconds for r in done)),
         ungraded=len(done) - len(graded),
         failed=len(records) - len(done),

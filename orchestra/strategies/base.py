@@ -195,7 +195,9 @@ def _finish(result: Thread | Outcome, thread: Thread, scope: Scope, stopped: Bud
         raise UsageError(f"a strategy returns a Thread or an Outcome, not {type(result).__name__}")
     outcome.usage = Usage.of(
         scope.nodes,
-        critical_path_tokens=max(0, run.depth(frontier.get()) - scope.base),
+        critical_path_tokens=max(0, run.chains.depth(frontier.get()) - scope.base),
+        sequential_tokens=max(0, run.chains.sequential(frontier.get()) - scope.base_sequential),
+        total_tokens=run.chains.total(scope.nodes),
         wall_seconds=run.clock.now() - scope.began,
     )
     outcome.graph = run.graph
