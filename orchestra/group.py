@@ -125,6 +125,11 @@ class Future(Awaitable[T], Generic[T]):
         """Stop it, on the server too."""
         self._task.cancel()
 
+    async def stop(self) -> None:
+        """Cancel it and wait until it has ended; what it has sampled by then is in the graph."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
     def __await__(self) -> Generator[Any, None, T]:
         ended = yield from self._task.__await__()
         frontier.set(frontier.get() | ended.after)

@@ -274,13 +274,22 @@ class Thread:
 
         return await execute(strategy, self, budget)
 
-    def start(self, strategy: Spec | None = None, **sampling: Any) -> Future[Any]:
-        """Begin in the background: a generation, or a strategy. Awaiting the future is coming after it.
+    def start(
+        self,
+        strategy: Spec | None = None,
+        *,
+        work: Callable[[Thread], Coroutine[Any, Any, Any]] | None = None,
+        **sampling: Any,
+    ) -> Future[Any]:
+        """Begin in the background: a generation, a strategy, or any coroutine function of a thread.
 
-        What nobody awaits is cancelled when the run ends.
+        Awaiting the future is coming after it. What nobody awaits is cancelled when the run ends.
         """
-        work: Coroutine[Any, Any, Any] = self.generate(**sampling) if strategy is None else self.run(strategy)
-        return Future(self._run.start(member_of(work)))
+        if strategy is not None:
+            begun: Coroutine[Any, Any, Any] = self.run(strategy)
+        else:
+            begun = self.generate(**sampling) if work is None else work(self)
+        return Future(self._run.start(member_of(begun)))
 
     # -- results -----------------------------------------------------------------------------------------------------
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from orchestra.strategies.async_think import AsyncThink
 from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, registry, strategy
 from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.first_finish import FirstFinish
+from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.self_consistency import SelfConsistency
 from orchestra.strategies.spawn_join import SpawnJoin
+from orchestra.strategies.threads import ThreadWeaver
 
 __all__ = [
+    "AsyncThink",
     "BestOf",
     "FirstFinish",
+    "MapReduce",
     "Sample",
     "SelfConsistency",
     "SpawnJoin",
     "Spec",
     "Strategy",
     "StrategyField",
+    "ThreadWeaver",
     "execute",
     "registry",
     "strategy",

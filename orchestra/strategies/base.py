@@ -24,8 +24,8 @@ _IN_PROCESS = frozenset({Capability.SEED, Capability.REUSE_JOIN})  # what no ser
 class Strategy(BaseModel):
     """A strategy: parameters as fields, and one coroutine from a thread to a thread or an outcome.
 
-    Subclasses are registered under the class name in snake case, and can then be named in specs
-    (one that sets `abstract = True` for itself is not).
+    Subclasses are registered under the class name in snake case, or a `name` of their own, and can then be named in
+    specs (one that sets `abstract = True` for itself is not).
 
     Attributes:
         name: its name in specs.
@@ -35,7 +35,7 @@ class Strategy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     abstract: ClassVar[bool] = False
     needs: ClassVar[frozenset[Capability]] = frozenset()
     paper: ClassVar[str] = ""
@@ -45,7 +45,7 @@ class Strategy(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         if cls.__dict__.get("abstract", False):
             return
-        cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        cls.name = cls.__dict__.get("name") or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
         known = _REGISTRY.get(cls.name)
         if known is not None and known.__module__.startswith("orchestra.") and known.__module__ != cls.__module__:
             raise UsageError(f"there is a built-in strategy {cls.name!r}; give yours another name")

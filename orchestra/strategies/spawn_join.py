@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
+from orchestra.outcome import Candidate
 from orchestra.protocols import apr
 from orchestra.runtime.engine import Capability
 from orchestra.strategies.base import Strategy
@@ -33,6 +36,7 @@ class SpawnJoin(Strategy):
     async def __call__(self, thread: Thread) -> Thread:
         """Parent turns and child rounds, until the parent answers."""
         parent = await thread.append(apr.header(self.children)).generate(stop=apr.STOP)
+        parent.offer(parent.candidate())
         for _ in range(self.rounds):
             spawned = apr.parse_spawn(parent.generated) if parent.matched == apr.STOP else []
             if not spawned:
@@ -41,4 +45,9 @@ class SpawnJoin(Strategy):
             children = await parent.spawn(prompts).generate(max_tokens=self.child_tokens)
             results = apr.render_join(apr.child_result(child.text) for child in children)
             parent = await parent.append(results).generate(stop=apr.STOP)
+            parent.offer(parent.candidate())
         return parent
+
+    def choose(self, candidates: Sequence[Candidate]) -> int:
+        """The longest of the unfinished texts."""
+        return len(candidates) - 1

@@ -1,0 +1,63 @@
+"""Multiverse and its relatives: the model maps a problem onto paths, they run side by side, it reduces them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from orchestra.outcome import Candidate, Outcome
+from orchestra.protocols import BLOCKS
+from orchestra.runtime.engine import Capability
+from orchestra.strategies.base import Strategy
+from orchestra.strategies.fork_join import ForkJoin
+from orchestra.thread import Join, Thread
+
+
+class MapReduce(Strategy):
+    """The model writes a plan with outlines and stops; a path is forked for each, whose header is forced; all run side
+    by side, blocks nested in them too; then the model concludes, seeing every path in full. On engines that can join
+    by reuse nothing is computed again (Multiverse's lossless reduce). Critical path: the thread's own tokens plus the
+    longest path of each block.
+
+    Needs a model that was taught the language.
+
+    Attributes:
+        language: `multiverse`; `multiverse_engine`: with the line breaks of the published engine; `npr`;
+            `parallel_r1`; `para_thinker`: whole thoughts from the prompt, then a summary.
+        join: `reuse`, `recompute`, or `auto`: as the language was published, reuse where the engine can.
+        paths: most paths of a block; how many there are where the model does not say (`parallel_r1`, `para_thinker`).
+        path_tokens: most tokens that a path may sample between two stops.
+        stops: how often a thread is stopped at a tag; then it is written to its end.
+    """
+
+    paper = "Yang et al. 2025, arXiv 2506.09991"
+
+    language: Literal["multiverse", "multiverse_engine", "npr", "parallel_r1", "para_thinker"] = "multiverse"
+    join: Join = "auto"
+    paths: int | None = Field(None, ge=1, le=1024)
+    path_tokens: int | None = Field(None, ge=1)
+    stops: int = Field(32, ge=1, le=1024)
+
+    def requirements(self) -> frozenset[Capability]:
+        """Continuation; reuse joins, if they are asked for."""
+        reuse = {Capability.REUSE_JOIN} if self.join == "reuse" else set()
+        return super().requirements() | {Capability.CONTINUE} | reuse
+
+    async def __call__(self, thread: Thread) -> Thread | Outcome:
+        """The model's text, with its blocks run."""
+        language = BLOCKS[self.language]
+        how: Join = "recompute" if self.join == "auto" and language.recompute else self.join
+        paths = self.paths or (MOST_PATHS if language.plan else PATHS)
+        return await ForkJoin(language, how, paths, self.path_tokens, self.stops).run(thread)
+
+    def choose(self, candidates: Sequence[Candidate]) -> int:
+        """The longest of the unfinished texts."""
+        return len(candidates) - 1
+
+
+MOST_PATHS = 64
+"""Of a block: nobody has reported more, and a model that has lost its way may ask for thousands."""
+PATHS = 8
+"""Where neither model nor user says."""

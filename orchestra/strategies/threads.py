@@ -1,0 +1,45 @@
+"""ThreadWeaver: the model outlines threads, they run side by side, their tokens come back into one context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from orchestra.outcome import Candidate
+from orchestra.protocols import THREAD_WEAVER
+from orchestra.runtime.engine import Capability
+from orchestra.strategies.base import Strategy
+from orchestra.strategies.fork_join import ForkJoin
+from orchestra.thread import Thread
+
+
+class ThreadWeaver(Strategy):
+    """The model writes numbered outlines and stops; a thread runs for each, seeing the text so far and nothing of its
+    siblings; then all threads stand one after the other in one causal context (recompute join), and the model goes
+    on. It needs nothing of a server but continuation. Critical path: the parent's tokens plus the longest thread of
+    each block.
+
+    Needs a model that was taught the language (`orchestra.protocols.THREAD_WEAVER`).
+
+    Attributes:
+        threads: most threads of a block; of more outlines the first ones are run.
+        thread_tokens: most tokens that a thread may sample.
+        stops: how often the parent is stopped at a plan; then it is written to its end.
+    """
+
+    name = "threads"
+    needs = frozenset({Capability.CONTINUE})
+    paper = "Lian et al. 2025, arXiv 2512.07843"
+
+    threads: int = Field(50, ge=1, le=1024)
+    thread_tokens: int | None = Field(None, ge=1)
+    stops: int = Field(32, ge=1, le=1024)
+
+    async def __call__(self, thread: Thread) -> Thread:
+        """The model's text, with its threads run."""
+        return await ForkJoin(THREAD_WEAVER, "recompute", self.threads, self.thread_tokens, self.stops).run(thread)
+
+    def choose(self, candidates: Sequence[Candidate]) -> int:
+        """The longest of the unfinished texts."""
+        return len(candidates) - 1
