@@ -29,6 +29,7 @@ class _Open:
         parts: of plain text and of a path.
         words: text of a plan, an outline or a conclusion; of a block, what stands between its parts.
         tagged: whether an end tag is to come; some blocks have none.
+        strayed: whether text where none belongs was noted already.
     """
 
     role: Role
@@ -38,6 +39,7 @@ class _Open:
     parts: list[str | Block] = field(default_factory=list)
     words: str = ""
     tagged: bool = True
+    strayed: bool = False
 
 
 class BlockReader(Reader[Document]):
@@ -91,6 +93,8 @@ class BlockReader(Reader[Document]):
 
     def closing(self, branch: Branch) -> str:
         """What to force where the path of `branch` was cut off: the end of open code, then the end of the path."""
+        for token in self._lexer.close():
+            self._take(token)
         return self._lexer.end_of_code + self._protocol.path_closing(branch.label)
 
     # -- tags --------------------------------------------------------------------------------------------------------
@@ -106,7 +110,7 @@ class BlockReader(Reader[Document]):
             wrong = self._open(token, self._roles[token.name])
             if wrong is not None:
                 self._complain(token.at, f"{token.text} {wrong}")
-                self._write(token.text, token.at)
+                self._write(token.text)
 
     def _open(self, token: Token, role: Role) -> str | None:
         """Open an element; returns what is wrong with doing so, if anything is."""
@@ -174,7 +178,7 @@ class BlockReader(Reader[Document]):
         depth = next((i for i in reversed(range(len(self._stack))) if self._stack[i].name == token.name), None)
         if depth is None or (depth == 0 and self._stack[0].role == "text"):
             self._complain(token.at, f"{token.text} closes nothing")
-            self._write(token.text, token.at)
+            self._write(token.text)
             return
         while len(self._stack) > depth + 1:
             if self._stack[-1].tagged:
@@ -201,13 +205,17 @@ class BlockReader(Reader[Document]):
         elif frame.role == "path":
             self._label(block, frame)
         elif frame.role == "conclusion":
-            block.conclusion = frame.words
+            forced = self._protocol.join.rpartition(f"<{frame.name}>")[2]
+            block.conclusion = frame.words.removeprefix(forced)
         else:
             self._check(block, frame)
+            if not frame.tagged and frame.words:
+                self._write(frame.words)  # white space that turns out to stand behind it
 
     # -- text --------------------------------------------------------------------------------------------------------
 
-    def _write(self, text: str, at: Place) -> None:
+    def _write(self, text: str, at: Place | None = None) -> None:
+        """Add text to what is open. `at` is where it stands; without it nothing is said about its being there."""
         top = self._stack[-1]
         if top.role == "block" and not top.tagged and text.strip():
             self._pop()  # a block without tags ends where plain text goes on
@@ -218,18 +226,24 @@ class BlockReader(Reader[Document]):
             else:
                 top.parts.append(text)
             return
-        block = top.block
-        assert block is not None  # all other elements are part of one
-        if top.role == "plan" and block.outlines and text.strip():
-            self._complain(at, f"text between the outlines of <{top.name}>")
-        elif top.role == "plan" and self._protocol.strict and text.strip():
-            self._complain(at, f"text in <{top.name}> outside its outlines")
-        elif top.role == "block" and text.strip():
-            if block.paths and not self._protocol.conclusion:
-                block.conclusion = (block.conclusion or "") + text
-            else:
-                self._complain(at, f"text in <{top.name}> outside its parts")
+        if top.role == "block" and self._concludes_in_plain_text(top):
+            assert top.block is not None  # it is one
+            top.block.conclusion = (top.block.conclusion or "") + text if text.strip() else top.block.conclusion
+        elif at is not None and text.strip() and not top.strayed and (wrong := self._stray(top)) is not None:
+            top.strayed = True
+            self._complain(_first_word(at, text), wrong)
         top.words += text
+
+    def _concludes_in_plain_text(self, frame: _Open) -> bool:
+        return bool(frame.block and frame.block.paths) and not self._protocol.conclusion
+
+    def _stray(self, frame: _Open) -> str | None:
+        """What is wrong with text right here, if anything is."""
+        if frame.role == "plan" and self._protocol.strict:
+            return f"text in <{frame.name}> outside its outlines"
+        if frame.role == "plan" and frame.block and frame.block.outlines:
+            return f"text between the outlines of <{frame.name}>"
+        return f"text in <{frame.name}> outside its parts" if frame.role == "block" else None
 
     # -- labels ------------------------------------------------------------------------------------------------------
 
@@ -259,6 +273,8 @@ class BlockReader(Reader[Document]):
         if self._protocol.numbered:
             path.label = self._protocol.label_of(frame.name)
             return
+        if not self._protocol.labelled:
+            return
         first = path.parts[0] if path.parts and isinstance(path.parts[0], str) else ""
         match = _LABEL.match(first)
         if match is not None:
@@ -266,7 +282,7 @@ class BlockReader(Reader[Document]):
             path.parts[0] = first[match.end() :]
             if not path.parts[0]:
                 del path.parts[0]
-        elif self._protocol.outline:
+        else:
             self._complain(frame.at, f"<{frame.name}> has no label")
 
     def _check(self, block: Block, frame: _Open) -> None:
@@ -291,3 +307,10 @@ class BlockReader(Reader[Document]):
 
     def _complain(self, at: Place, message: str) -> None:
         self.problems.append(Problem(at, message))
+
+
+def _first_word(at: Place, text: str) -> Place:
+    """Where the first character that is no white space stands."""
+    blank = text[: len(text) - len(text.lstrip())]
+    line, newline, rest = blank.rpartition("\n")
+    return Place(at.line + line.count("\n") + 1, len(rest) + 1) if newline else Place(at.line, at.column + len(blank))

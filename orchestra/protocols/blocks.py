@@ -63,6 +63,11 @@ class Blocks(Protocol[Document]):
         """Whether the label is part of the path's tag."""
         return NUMBERED in self.path
 
+    @property
+    def labelled(self) -> bool:
+        """Whether a path's text begins with its label."""
+        return NUMBERED in self.header and not self.numbered
+
     @cached_property
     def roles(self) -> dict[str, Role]:
         """What each tag name means."""
@@ -131,7 +136,7 @@ class Blocks(Protocol[Document]):
             out += self.path_header(path.label) + body + self.path_end(path.label) + self.after
         out += self.join if part.paths else ""
         if self.conclusion and part.conclusion is not None:
-            if not self.join.endswith(f"<{self.conclusion}>") or not part.paths:
+            if f"<{self.conclusion}>" not in self.join or not part.paths:
                 out += f"<{self.conclusion}>"
             out += f"{part.conclusion}</{self.conclusion}>"
         closes = f"</{self.block}>" if self.block else ""
