@@ -10,7 +10,6 @@ import pytest
 import orchestra
 from orchestra import BestOf, Outcome
 from orchestra.errors import CapabilityError
-from orchestra.protocols import apr
 from orchestra.runtime.engine import Capability
 from orchestra.testing.scripted import Script, ScriptedEngine, replies
 
@@ -83,60 +82,6 @@ def test_a_missing_capability_is_named_with_an_engine_that_has_it() -> None:
 
 PROMPT = "numbers: 3 7 8 12 target: 54"
 STEPS = "3 + 7 = 10 , 8 - 3 = 5 , 5 * 10 = 50"
-
-
-def test_spawn_join_over_two_rounds() -> None:
-    """Parent 9 + 9 tokens and a join tag each, children 3 and 13 tokens at most, then a last turn of 18."""
-
-    def script(context: str, path: tuple[int, ...]) -> str:
-        if path:
-            return f" answer: {STEPS} $" if "8 / 4" in context else " answer: none $"
-        if STEPS in context:
-            return f" answer: {STEPS} $"
-        if "none" in context:
-            return " spawn: 8 / 4 = 2 left: 1 2 3\n join:"
-        return " spawn: 3 + 7 = 10 left: 8 10 12\n spawn: broken line\n spawn: 7 - 3 = 4 left: 4 8 12\n join:"
-
-    engine = ScriptedEngine(script)
-    outcome = run("spawn_join(children=2)", script, PROMPT, engine=engine)
-    assert outcome.answer == STEPS
-    assert outcome.text.count("join:") == 2
-    parent = [r for r in engine.requests if not r.path]
-    children = [r for r in engine.requests if r.path]
-    assert len(parent) == 3
-    assert [r.path for r in children] == [(0,), (1,), (2,)]
-    assert (
-        children[0].graph.nodes[children[0].node.context[0].parent].text == " step: 3 + 7 = 10 left: 8 10 12 target: 54"
-    )
-    assert outcome.graph.nodes[1].spans[0].text == apr.header(2)
-    turns = [r.node.count("sampled") for r in parent]
-    kids = [r.node.count("sampled") for r in children]
-    assert outcome.usage.critical_path_tokens == sum(turns) + max(kids[:2]) + kids[2]
-    assert "\n none\n none\n" in outcome.text
-    assert outcome.usage.sampled_tokens == sum(turns) + sum(kids)
-
-
-@pytest.mark.parametrize(
-    "turn",
-    [
-        " join:",
-        " spawn: nonsense\n join:",
-        " spawn: 3 + 7 = 10 left: 8 10 12",
-        " answer: 5 $",
-        " $",
-        "spawn: " * 50 + "join:",
-    ],
-)
-def test_spawn_join_ends_on_any_malformed_turn(turn: str) -> None:
-    outcome = run("spawn_join", lambda *_: turn, PROMPT)
-    assert outcome.graph.count("sampled") > 0
-
-
-def test_spawn_join_that_never_answers_ends_after_its_rounds() -> None:
-    outcome = run(
-        "spawn_join(rounds=3)", lambda _, path: " x $" if path else " spawn: 3 + 7 = 10 left: 8\n join:", PROMPT
-    )
-    assert outcome.usage.requests == 3 + 3 + 1
 
 
 def test_strategies_nest() -> None:
