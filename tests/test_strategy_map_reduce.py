@@ -194,12 +194,14 @@ def test_a_lost_request_on_zero_outlines(turn: str) -> None:
 
 
 def test_a_model_that_always_asks_is_let_be() -> None:
-    """Every thread asks for paths for ever: depth and stops are bounded."""
-    outcome = play(
-        "map_reduce(stops=2, paths=1)", lambda *_: " <Parallel><Goal><Outline>1: x</Outline></Goal> answer: 5 $"
-    )
+    """Every thread asks for three paths for ever. Unbounded, that were 3 x 8 paths of each path of five levels."""
+    turn = " <Parallel><Goal><Outline>1: x</Outline><Outline>2: x</Outline><Outline>3: x</Outline></Goal> answer: 5 $"
+    engine = ScriptedEngine(lambda *_: turn)
+    outcome = play("map_reduce(stops=8)", engine)
     assert outcome.answer == "5"
-    assert outcome.usage.requests < 200
+    paths = {request.path for request in engine.requests}
+    assert 100 < len(paths) <= 1 + 1024
+    assert outcome.usage.requests <= 9 * len(paths)
 
 
 def test_a_per_path_budget() -> None:

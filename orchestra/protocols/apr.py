@@ -185,7 +185,7 @@ class AprReader(Reader[Search]):
             self._complain("a join without children", len(lines) - 1)
         if len(told) > MAX_CHILDREN:
             self._complain(f"{len(told)} children, of which {MAX_CHILDREN} are read")
-        text = "".join(plain)
+        text = "".join(plain).rstrip(" ") if spawned else "".join(plain)  # the join tag is rendered with its space
         if text.strip():
             self._write(text)
         self._line += turn.count("\n")

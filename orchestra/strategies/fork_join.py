@@ -25,6 +25,8 @@ class ForkJoin:
             the runtime it is this one.
         path_tokens: most tokens that one generation of a path may sample.
         stops: how often a thread is stopped at a tag; then it is written to its end.
+        total: most paths in all. A thread shares half of what is left to it among the paths of a block, so that a
+            model that asks for ever, in every path, ends; and that this does not depend on the schedule.
     """
 
     language: Blocks
@@ -32,40 +34,44 @@ class ForkJoin:
     paths: int
     path_tokens: int | None
     stops: int
+    total: int = 1024
 
     async def run(self, thread: Thread) -> Thread:
         """The text of a thread, from where it stands."""
         reader = self.language.reader()
         if not self.language.trigger:  # nobody asks: the paths begin at once
-            thread = await self._fork(thread, reader, Fork(), depth=0)
-        return await self._follow(thread, reader, depth=0)
+            thread, _ = await self._fork(thread, reader, Fork(), 0, self.total)
+        return await self._follow(thread, reader, 0, self.total)
 
-    async def _follow(self, thread: Thread, reader: BlockReader, depth: int, path_end: str = "") -> Thread:
+    async def _follow(self, thread: Thread, reader: BlockReader, depth: int, left: int, path_end: str = "") -> Thread:
         """Turns of a thread and the blocks between them, to the end of the text, or of the path that it is in."""
         trigger = self.language.trigger if depth < self.language.nested else ""
-        for left in reversed(range(self.stops + 1)):
-            stop = [tag for tag in (trigger if left else "", path_end) if tag]
+        for turn in range(self.stops + 1):
+            asks = trigger if left and turn < self.stops else ""
+            stop = [tag for tag in (asks, path_end) if tag]
             thread = await thread.generate(stop=stop, max_tokens=self.path_tokens if path_end else None)
             if not depth:
                 thread.offer(thread.candidate())
             fork = reader.feed(thread.generated)
             if thread.matched is None or reader.ended:
                 break
-            if fork is not None and left:
-                thread = await self._fork(thread, reader, fork, depth)
+            if fork is not None and asks:
+                thread, left = await self._fork(thread, reader, fork, depth, left)
         return thread
 
-    async def _fork(self, thread: Thread, reader: BlockReader, fork: Fork, depth: int) -> Thread:
+    async def _fork(self, thread: Thread, reader: BlockReader, fork: Fork, depth: int, left: int) -> tuple[Thread, int]:
         """Run the paths side by side, and write them down where they were asked for."""
-        language = self.language
-        branches = list(fork.branches[: self.paths]) or [Branch(str(i + 1)) for i in range(self.paths)]
+        language, most = self.language, min(self.paths, left)
+        branches = list(fork.branches[:most]) or [Branch(str(i + 1)) for i in range(most)]
+        left -= len(branches)
+        share = left // 2 // len(branches)
         base = thread.append(language.lead)
         starts = base.fork([language.path_header(branch.label) for branch in branches])
-        paths = await gather([self._path(*path, depth + 1) for path in zip(starts, branches, strict=True)])
+        paths = await gather([self._path(*path, depth + 1, share) for path in zip(starts, branches, strict=True)])
         reader.joined(branches)
-        return base.join(paths, language.join, how=self.join)
+        return base.join(paths, language.join, how=self.join), left - share * len(branches)
 
-    async def _path(self, path: Thread, branch: Branch, depth: int) -> Thread:
+    async def _path(self, path: Thread, branch: Branch, depth: int, left: int) -> Thread:
         reader = self.language.reader(branch)
-        path = await self._follow(path, reader, depth, self.language.path_end(branch.label))
+        path = await self._follow(path, reader, depth, left, self.language.path_end(branch.label))
         return path.append(("" if reader.ended else reader.closing(branch)) + self.language.after)

@@ -22,7 +22,7 @@ class SpawnJoin(Strategy):
 
     Attributes:
         children: children per round that the model is asked for; None: it decides. More children, shorter rounds.
-        rounds: most spawn rounds; what the parent writes after the last one is final.
+        rounds: how often the parent is stopped at a join; then it is written to its end.
         child_tokens: most tokens a child may sample.
     """
 
@@ -35,17 +35,17 @@ class SpawnJoin(Strategy):
 
     async def __call__(self, thread: Thread) -> Thread:
         """Parent turns and child rounds, until the parent answers."""
-        parent = await thread.append(apr.header(self.children)).generate(stop=apr.STOP)
-        parent.offer(parent.candidate())
-        for _ in range(self.rounds):
-            spawned = apr.parse_spawn(parent.generated) if parent.matched == apr.STOP else []
-            if not spawned:
+        parent = thread.append(apr.header(self.children))
+        for left in reversed(range(self.rounds + 1)):
+            parent = await parent.generate(stop=apr.STOP if left else ())
+            parent.offer(parent.candidate())
+            if parent.matched is None:
                 break
+            if not (spawned := apr.parse_spawn(parent.generated)):
+                continue  # a join that joins nothing is plain text
             prompts = [apr.child_prompt(line, str(thread.prompt)) for line in spawned]
             children = await parent.spawn(prompts).generate(max_tokens=self.child_tokens)
-            results = apr.render_join(apr.child_result(child.text) for child in children)
-            parent = await parent.append(results).generate(stop=apr.STOP)
-            parent.offer(parent.candidate())
+            parent = parent.append(apr.render_join(apr.child_result(child.text) for child in children))
         return parent
 
     def choose(self, candidates: Sequence[Candidate]) -> int:
