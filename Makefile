@@ -2,6 +2,7 @@
 # make test       the tests (under 15 minutes from a fresh clone)
 # make test-all   and the slow ones
 # make check      format, lint, types
+# make strategies-table  every strategy on the embedded model, into the README (an hour; goes on where it was stopped)
 # make sglang-cpu       a real SGLang server on the CPU with the embedded model, in the background (PORT=30000)
 # make sglang-cpu-stop  end it
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # Small models are fastest, and steadiest, on one thread.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check clean sglang-cpu sglang-cpu-stop
+.PHONY: demo test test-all check clean strategies-table sglang-cpu sglang-cpu-stop
 
 demo: $(VENV)/.local
 	@$(BIN)/orchestra demo
@@ -26,6 +27,9 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	-@$(MAKE) --no-print-directory $(VENV)/.sglang
 	$(BIN)/python -m pytest -m "not gpu"
+
+strategies-table: $(VENV)/.local
+	$(BIN)/python benchmarks/strategies.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,126 @@
+"""The README's table of strategies: the embedded model on held-out Countdown, under every strategy it can follow.
+
+    make strategies-table          # about an hour on one core; killed, it goes on where it stopped
+
+Runs `orchestra eval countdown --level hard --split test` for each line, 96 samples at a time, for accuracy and tokens
+(which do not depend on what else runs), and once more on the first problems with nothing else on the engine, for the
+seconds that one problem takes. Writes `benchmarks/results/strategies.md`, each run's manifest and summary beside it, and
+the table in README.md. A strategy whose behaviour the model was never taught is marked so, not scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestra.evaluation.store import MANIFEST, SUMMARY
+from orchestra.evaluation.summary import Summary
+from orchestra.strategies import registry
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "strategies"
+RUNS = ROOT / "runs" / "strategies"
+MARKS = ("<!-- strategies: make strategies-table -->\n", "\n<!-- /strategies -->")
+
+LINES = [
+    "sample",
+    "sample(temperature=0.6)",
+    "beam_search(width=4)",
+    "first_finish(samples=8)",
+    "first_finish(samples=8, first=3)",
+    "first_finish(samples=8, last=3)",
+    "self_consistency(samples=8)",
+    "self_consistency(samples=16, until='unanimous', window=4)",
+    "self_consistency(samples=16, until='confident', window=4)",
+    "best_of(samples=8)",
+    "best_of(samples=8, hedged=True)",
+    "best_of(samples=8, scorer=bayes_risk)",
+    "confidence_vote(samples=8, keep=0.5, window=64)",
+    "confidence_vote(samples=16, keep=0.9, window=64, warmup=8, batch=4)",
+    "spawn_join",
+    "self_consistency(samples=4, drafts=spawn_join)",
+]
+UNTAUGHT = {
+    "async_think": "to fork and join",
+    "budget_forcing": "to think between tags",
+    "map_reduce": "to write plans",
+    "pdr": "to read drafts",
+    "refine": "to read an earlier answer",
+    "threads": "to write outlines",
+}
+"""What the embedded model was not taught that a strategy builds on."""
+
+
+def folder_of(strategy: str, limit: int, concurrency: int) -> Path:
+    """Run or go on with one line; its run folder."""
+    name = re.sub(r"[^a-z0-9_.]+", "-", strategy.lower()).strip("-") + ("" if concurrency > 1 else "-alone")
+    folder = RUNS / name
+    command = [sys.executable, "-m", "orchestra", "eval", "countdown", "--level", "hard", "--split", "test"]
+    command += ["--strategy", strategy, "--limit", str(limit), "--concurrency", str(concurrency), "--out", str(folder)]
+    subprocess.run(command, check=True)
+    kept = RESULTS / name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in (MANIFEST, SUMMARY):
+        shutil.copy(folder / file, kept / file)
+    return folder
+
+
+def summary(folder: Path) -> Summary:
+    """Of a run folder."""
+    return Summary.model_validate_json((folder / SUMMARY).read_bytes())
+
+
+def row(all_at_once: Summary, alone: Summary) -> str:
+    """One line of the table."""
+    s = all_at_once
+    return (
+        f"| `{s.strategy}` | {100 * (s.accuracy or 0):.1f} ± {100 * (s.stderr or 0):.1f} | {s.sampled_tokens:,.0f} "
+        f"| {s.critical_path_tokens:,.0f} | {alone.wall_seconds:.2f} |"
+    )
+
+
+def table(limit: int, timed: int) -> str:
+    """Run every line and write the table."""
+    rows = [row(summary(folder_of(s, limit, 96)), summary(folder_of(s, timed, 1))) for s in LINES]
+    scored = {line.partition("(")[0] for line in LINES}
+    if unknown := registry().keys() - scored - UNTAUGHT.keys():
+        sys.exit(f"neither scored nor known as untaught: {', '.join(sorted(unknown))}")
+    return "\n".join(
+        [
+            "| strategy | solved, % | tokens | critical path | seconds |",
+            "|---|---:|---:|---:|---:|",
+            *rows,
+            *(f"| `{name}` | not taught {what} | | | |" for name, what in UNTAUGHT.items()),
+        ]
+    )
+
+
+def main() -> None:
+    """Run all lines, then write the report and the README's table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=200, help="problems for accuracy and tokens")
+    parser.add_argument("--timed", type=int, default=20, help="problems for the seconds of one")
+    args = parser.parse_args()
+    lines = table(args.limit, args.timed)
+    notes = (
+        f"Countdown, `hard`, {args.limit} held-out problems, solved ± standard error; tokens sampled in all and along "
+        f"the critical path, means; seconds of one problem with nothing else on the engine, mean of {args.timed}. Greedy "
+        "where one sample is drawn, temperature 0.6 where several are."
+    )
+    machine = f"{platform.machine()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '-')}, Python "
+    RESULTS.with_suffix(".md").write_text(f"{lines}\n\n{notes} {machine}{platform.python_version()}.\n", encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    (ROOT / "README.md").write_text(f"{before}{MARKS[0]}{notes}\n\n{lines}{MARKS[1]}{after}", encoding="utf-8")
+    print(lines)
+
+
+if __name__ == "__main__":
+    main()
