@@ -6,6 +6,7 @@ from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, re
 from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.sample import Sample
+from orchestra.strategies.scorers import Scorer
 from orchestra.strategies.self_consistency import SelfConsistency
 from orchestra.strategies.spawn_join import SpawnJoin
 
@@ -13,6 +14,7 @@ __all__ = [
     "BestOf",
     "FirstFinish",
     "Sample",
+    "Scorer",
     "SelfConsistency",
     "SpawnJoin",
     "Spec",
