@@ -29,11 +29,12 @@ class BestOf(SamplingStrategy):
 
     Attributes:
         samples: how many.
-        scorer: what scores them; of equals the one whose answer is the most frequent is taken.
+        scorer: what scores them (`orchestra strategies` lists the scorers); of equals the one with the most frequent
+            answer is taken.
         reward: a function from the response text to a score, which may be a coroutine function, instead of `scorer`
             (Python only; not in specs).
         hedged: the first sample is greedy, the others are drawn at 0.7 unless `drafts` or the run sets another.
-        min_p: of the samples: leave out tokens less likely than this part of the likeliest; 0: the run's.
+        min_p: of the samples: leave out tokens less likely than this part of the likeliest one, unless the run sets it.
         drafts: what draws one sample; its temperature is 0.6 unless it or the run sets another.
     """
 

@@ -37,14 +37,14 @@ class BayesRisk(AskingScorer):
             characters in common, for languages without spaces too; `judge`: what a model says (X-MBR), in one call
             for each ordered pair.
         evidence: further samples that candidates are measured against, but that cannot be chosen themselves.
-        language: the language that evidence is asked for.
+        language: that evidence is asked to be in; None: any other than the question's.
     """
 
     paper = "Kumar & Byrne 2004; Eikema & Aziz 2022, arXiv 2108.04718; X-MBR: arXiv 2506.20544"
 
     utility: Literal["exact", "f1", "chrf", "judge"] = "f1"
     evidence: int = Field(0, ge=0, le=64)
-    language: str = "a language other than that of the question"
+    language: str | None = None
 
     async def __call__(self, thread: Thread, candidates: Sequence[Candidate]) -> list[float]:
         """Mean utilities; those of `judge` are from 1 to 10, the others from 0 to 1."""
@@ -64,7 +64,8 @@ class BayesRisk(AskingScorer):
     async def _evidence(self, thread: Thread) -> list[Candidate]:
         if not self.evidence:
             return []
-        asked = thread.spawn([followed_by(thread.prompt, f"Answer in {self.language}.")] * self.evidence)
+        language = self.language or "a language other than that of the question"
+        asked = thread.spawn([followed_by(thread.prompt, f"Answer in {language}.")] * self.evidence)
         drawn = await asked.map(lambda call: call.using(temperature=_EVIDENCE_TEMPERATURE).generate())
         return [call.candidate() for call in drawn]
 

@@ -22,4 +22,4 @@ class MeanLogprob(Logprob):
 
     def weigh(self, candidate: Candidate) -> float:
         """The mean over its tokens (nats)."""
-        return LOWEST if candidate.logprob is None else candidate.logprob / max(candidate.tokens, 1)
+        return LOWEST if candidate.logprob is None else candidate.logprob / max(candidate.logprob_tokens, 1)
