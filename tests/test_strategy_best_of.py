@@ -206,7 +206,7 @@ def test_the_judge_sees_solutions_with_an_answer_and_the_question() -> None:
     seen.clear()
     run(spec, long, judge=judge)
     assert "[...]" in seen[0]
-    assert sum(map(len, shown(seen[0]))) == 100 + len(" [...] ")
+    assert sum(map(len, shown(seen[0]))) == 100 + 2 * len(" [...] ")
     assert "answer: 1\n" in seen[0]  # the end is kept
 
 
@@ -230,7 +230,13 @@ def test_judgements_that_cannot_be_used_are_dropped() -> None:
 
 @pytest.mark.parametrize("scorer", ["judge", "checklist", "bayes_risk(utility='judge')", "judge(samples=3, meta='')"])
 @pytest.mark.parametrize(
-    "nonsense", [" $", " I like them all $", " Response 1: 1000\nBest: 99\nScore: 1.5 $", " <think>"]
+    "nonsense",
+    [
+        " $",
+        " I like them all $",
+        " Response 1: 1000\nBest: 99\nScore: 1.5 $",
+        " <think>\nResponse 1: 9\nResponse 2: 1\nBest: 1\nScore: 9 $",  # thought, not said
+    ],
 )
 def test_nonsense_leaves_the_choice_to_the_majority(scorer: str, nonsense: str) -> None:
     def script(context: str, path: tuple[int, ...]) -> str:
@@ -293,13 +299,13 @@ def test_a_checklist_picks_one_in_one_call() -> None:
         return f" - short\nBest: Response {shown(context).index('c answer: 3') + 1} $"
 
     judge = ScriptedEngine(script)
-    for seed in range(4):
+    for seed in range(8):
         spec = "best_of(samples=4, scorer=checklist(engine='judge'))"
         outcome, _ = run(spec, replies(*DRAFTS), judge=judge, seed=seed)
         assert [c.weight for c in outcome.candidates] == [0, 0, 1, 0]
         assert outcome.answer == "3"
         assert outcome.usage.critical_path_tokens == 5 + 6
-    assert len(judge.requests) == 4
+    assert len(judge.requests) == 8
     assert {r.sampling.temperature for r in judge.requests} == {0.0}
 
 
