@@ -103,10 +103,15 @@ def _grams(candidate: Candidate) -> list[Counter[str]]:
     return [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, 7)]
 
 
+def _common(one: Counter[str], other: Counter[str]) -> int:
+    """What `(one & other).total()` is, without making a counter for it."""
+    return sum(min(one[key], other[key]) for key in one.keys() & other.keys())
+
+
 def f1(one: Counter[str], other: Counter[str]) -> float:
     """Harmonic mean of precision and recall of the words that two texts have in common; 1 for two empty ones."""
     total = one.total() + other.total()
-    return 2 * (one & other).total() / total if total else 1.0
+    return 2 * _common(one, other) / total if total else 1.0
 
 
 def chrf(one: Sequence[Counter[str]], other: Sequence[Counter[str]], beta: float = 2) -> float:
@@ -114,7 +119,7 @@ def chrf(one: Sequence[Counter[str]], other: Sequence[Counter[str]], beta: float
 
     Lengths n for which one of the two has no n-grams do not count; 1 for two empty texts.
     """
-    sizes = [(a.total(), b.total(), (a & b).total()) for a, b in zip(one, other, strict=True)]
+    sizes = [(a.total(), b.total(), _common(a, b)) for a, b in zip(one, other, strict=True)]
     if not one[0] and not other[0]:
         return 1.0
     both = [(common / a, common / b) for a, b, common in sizes if a and b]
