@@ -4,8 +4,8 @@
 
 Runs `orchestra eval countdown --level hard --split test` for each line, 96 samples at a time, for accuracy and tokens
 (which do not depend on what else runs), and once more on the first problems with nothing else on the engine, for the
-seconds that one problem takes. Writes `benchmarks/results/strategies.md`, each run's manifest and summary beside it, and
-the table in README.md. A strategy whose behaviour the model was never taught is marked so, not scored.
+seconds that one problem takes. Writes `benchmarks/results/strategies.md`, each run's manifest and summary beside it,
+and the table in README.md. A strategy whose behaviour the model was never taught is marked so, not scored.
 """
 
 from __future__ import annotations
@@ -110,11 +110,12 @@ def main() -> None:
     lines = table(args.limit, args.timed)
     notes = (
         f"Countdown, `hard`, {args.limit} held-out problems, solved ± standard error; tokens sampled in all and along "
-        f"the critical path, means; seconds of one problem with nothing else on the engine, mean of {args.timed}. Greedy "
-        "where one sample is drawn, temperature 0.6 where several are."
+        f"the critical path, means; seconds of one problem with nothing else on the engine, mean of {args.timed}. "
+        "Greedy where one sample is drawn, temperature 0.6 where several are."
     )
     machine = f"{platform.machine()}, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '-')}, Python "
-    RESULTS.with_suffix(".md").write_text(f"{lines}\n\n{notes} {machine}{platform.python_version()}.\n", encoding="utf-8")
+    report = f"{lines}\n\n{notes} {machine}{platform.python_version()}.\n"
+    RESULTS.with_suffix(".md").write_text(report, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])

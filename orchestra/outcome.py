@@ -66,6 +66,7 @@ class Candidate(BaseModel):
         finish_reason: of its last generation.
         tokens: sampled tokens that it took.
         logprob: sum of the raw log-probabilities of its last generation, if the engine reports them (nats).
+        logprob_tokens: how many tokens that is the sum over.
     """
 
     text: str
@@ -74,6 +75,7 @@ class Candidate(BaseModel):
     finish_reason: str | None = None
     tokens: int = 0
     logprob: float | None = None
+    logprob_tokens: int = 0
 
 
 class Outcome(BaseModel):
@@ -103,13 +105,15 @@ class Outcome(BaseModel):
         """The chosen thread, to go on from inside the run; None when the result is no one thread's."""
         return self._thread
 
-    def as_candidate(self, weight: float = 1.0, logprob: float | None = None) -> Candidate:
+    def as_candidate(self, weight: float = 1.0) -> Candidate:
         """This outcome as a candidate of an enclosing strategy."""
+        logprobs = self._thread.logprobs if self._thread else []
         return Candidate(
             text=self.text,
             answer=self.answer,
             weight=weight,
             finish_reason=self.finish_reason,
             tokens=self.usage.sampled_tokens,
-            logprob=logprob,
+            logprob=sum(logprobs) if logprobs else None,
+            logprob_tokens=len(logprobs),
         )

@@ -303,6 +303,7 @@ class Thread:
             finish_reason=self.finish_reason,
             tokens=self.sampled_tokens,
             logprob=sum(logprobs) if logprobs else None,
+            logprob_tokens=len(logprobs),
         )
 
     def offer(self, candidate: Candidate) -> None:

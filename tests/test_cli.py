@@ -154,8 +154,20 @@ def test_help(orchestra: Main) -> None:
 def test_lists(orchestra: Main) -> None:
     code, out, _ = orchestra("strategies")
     assert code == 0
-    for word in ("spawn_join", "samples=8", "drafts=sample", "how many race", "continue", "any engine", "2505.18149"):
+    for word in ("spawn_join", "first_finish", "Needs continue", "2505.18149", "scorer", "bayes_risk", "2504.02495"):
         assert word in out
+    assert "samples=8" not in out
+    code, out, _ = orchestra("strategies", "first_finish")
+    assert code == 0
+    for word in ("samples=8", "drafts=sample", "how many race", "any engine", "2505.18149"):
+        assert word in out
+    assert "spawn_join" not in out
+    assert out.index("samples=8") < out.index("first=1") < out.index("drafts=sample")  # as its docstring has it
+    assert "scorer=mean_logprob" in orchestra("strategies", "best_of")[1]
+    assert "temperature=0.5" in orchestra("strategies", "judge")[1]
+    code, _, err = orchestra("strategies", "jugde")
+    assert code == 2
+    assert "did you mean 'judge'" in err
     assert "small, hard" in orchestra("tasks")[1]
     engines = orchestra("engines")[1]
     for word in ("demo", "sglang://HOST:PORT", "openai://HOST:PORT", "replay:FILE.jsonl", "patience=120", "key_file"):
@@ -165,6 +177,13 @@ def test_lists(orchestra: Main) -> None:
     assert "fingerprint" in out
     assert "reuse_join" in out
     assert orchestra("engines", "warp:9")[0] == 2
+
+
+def test_the_list_of_strategies_fits_a_narrow_terminal(orchestra: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = orchestra("strategies")[1].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 6 * sum(line.startswith(" ") and line[1:2].isalpha() for line in lines)
 
 
 def test_attributes_of_a_docstring() -> None:

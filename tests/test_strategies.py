@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import orchestra
-from orchestra import BestOf, Outcome
+from orchestra import Outcome
 from orchestra.errors import CapabilityError
 from orchestra.runtime.engine import Capability
 from orchestra.testing.scripted import Script, ScriptedEngine, replies
@@ -60,15 +60,6 @@ def test_samples_are_drawn_at_the_usual_temperature_unless_somebody_says_otherwi
         engine = ScriptedEngine(replies(" x $"))
         run(spec, replies(), engine=engine, **settings)
         assert {request.sampling.temperature for request in engine.requests} == {expected}, spec
-
-
-def test_best_of_prefers_an_answer_then_the_score() -> None:
-    texts = replies(" answer: none $", " answer: bb $", " answer: aaaa $")
-    assert run(BestOf(samples=3, reward=len), texts).answer == "aaaa"
-    assert run(BestOf(samples=3, reward=lambda text: -len(text)), texts).answer == "bb"
-    lengths = replies(" answer: 1 long $", " answer: 2 $")  # the scripted engine gives every token -1 nat
-    assert run("best_of(samples=2, scorer='logprob')", lengths).answer == "2"
-    assert run("best_of(samples=2, scorer='mean_logprob')", lengths).answer == "1 long"
 
 
 def test_a_missing_capability_is_named_with_an_engine_that_has_it() -> None:

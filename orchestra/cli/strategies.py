@@ -1,73 +1,114 @@
-"""`orchestra strategies`: what there is, with parameters."""
+"""`orchestra strategies`: what there is, and one in full."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
-
-    from orchestra.strategies import Strategy
-
-
-def command() -> None:
-    """List the strategies with their parameters, defaults, needs and papers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    from orchestra.strategies import registry
+    from orchestra.spec import Named
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("strategy", style="bold cyan", no_wrap=True)
-    table.add_column("what it does, and its parameters", ratio=1)
-    table.add_column("needs", style="yellow")
-    known = registry()
-    for i, (name, kind) in enumerate(sorted(known.items())):
-        table.add_row(name, _about(kind), _needs(kind), end_section=i < len(known) - 1)
-    Console(highlight=False).print(table)
+_WIDTH = 120  # lines longer than this are hard to read, however wide the terminal
 
 
-def _about(kind: type[Strategy]) -> Group:
+def command(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Explain this strategy or scorer.")] = None,
+) -> None:
+    """List the strategies, and the scorers that best_of takes; with a name, explain one with its parameters."""
+    from rich.console import Console
+
+    from orchestra.strategies import Scorer, registry
+
+    console = Console(highlight=False)
+    console.width = min(console.width, _WIDTH)
+    strategies, scorers = registry(), Scorer.known()
+    if name is None:
+        console.print(_overview("strategy", strategies))
+        console.print(_overview("scorer (of best_of)", scorers))
+        console.print("[dim]`orchestra strategies NAME` explains one, with its parameters.[/dim]")
+        return
+    console.print(*_named(name, strategies, scorers), sep="\n")
+
+
+def _named(name: str, *groups: Mapping[str, type[Named]]) -> Iterable[Group]:
+    """Every strategy and scorer of this name, in full."""
+    from orchestra.errors import UsageError, one_of
+
+    found = [_about(group[name]) for group in groups if name in group]
+    if not found:
+        raise UsageError(one_of("strategy or scorer", name, {known for group in groups for known in group}))
+    return found
+
+
+def _overview(heading: str, kinds: Mapping[str, type[Named]]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
+    table.add_column(heading, style="bold cyan")
+    table.add_column("what it does", ratio=1)
+    for name, kind in kinds.items():
+        lines = [Text(re.split(r"[.;] |\.$", _summary(kind))[0] + ".")]
+        if needs := _needs(kind):
+            lines[0].append(f" Needs {needs}.", "yellow")
+        if kind.paper:
+            lines.append(Text(kind.paper, "dim"))
+        table.add_row(name, Text("\n").join(lines))
+    return table
+
+
+def _about(kind: type[Named]) -> Group:
+    """Everything about one, for a terminal."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
     said: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        said |= attributes(inspect.cleandoc(base.__doc__ or ""))
+    for base in kind.__mro__:
+        said = said | {k: v for k, v in attributes(inspect.cleandoc(base.__doc__ or "")).items() if k not in said}
+    order = list(said)  # as the docstrings have it, the own one first
     parameters = Table.grid(padding=(0, 2))
     parameters.add_column(style="green", no_wrap=True)
     parameters.add_column()
-    for name, field in kind.model_fields.items():
+    known = kind.model_fields.items()
+    for name, field in sorted(known, key=lambda item: order.index(item[0]) if item[0] in said else len(order)):
         if field.exclude:
             continue  # Python only: a spec cannot hold it
         default = "" if field.is_required() else f"={_spec(field.get_default(call_default_factory=True))}"
-        meaning = field.description or said.get(name, "")
-        parameters.add_row(Text(name + default), Text(meaning, style="dim"))
-    parts: list[RenderableType] = [
-        Text(" ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())),
-        Padding(parameters, (0, 0, 0, 2)),
-    ]
+        parameters.add_row(Text(name + default), field.description or said.get(name, ""))
+    parts: list[RenderableType] = [Text(f"{kind.name} ({kind.kind})", "bold cyan"), Text(_summary(kind))]
+    if parameters.row_count:
+        parts.append(Padding(parameters, (0, 0, 0, 2)))
+    parts.append(Text(f"needs: {_needs(kind) or 'any engine'}", "yellow"))
     if kind.paper:
-        parts.append(Text(kind.paper, style="italic dim"))
+        parts.append(Text(f"paper: {kind.paper}", "dim"))
     return Group(*parts)
 
 
-def _needs(kind: type[Strategy]) -> str:
+def _summary(kind: type[Named]) -> str:
+    return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
+
+
+def _needs(kind: type[Named]) -> str:
     required = any(field.is_required() for field in kind.model_fields.values())
     needs = kind.needs if required else kind().requirements()
-    return "\n".join(sorted(needs)) or "any engine"
+    return ", ".join(sorted(needs))
 
 
-def _spec(value: object) -> str:
+def _spec(value: Any) -> str:
     """A default as a spec would write it."""
-    from orchestra.strategies import Strategy
+    from orchestra.spec import render
 
-    return value.to_spec() if isinstance(value, Strategy) else repr(value)
+    return render(value)
 
 
 def attributes(docstring: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.sample import Sample
+from orchestra.strategies.scorers import Scorer
 from orchestra.strategies.self_consistency import SelfConsistency
 from orchestra.strategies.spawn_join import SpawnJoin
 from orchestra.strategies.threads import ThreadWeaver
@@ -18,6 +19,7 @@ __all__ = [
     "FirstFinish",
     "MapReduce",
     "Sample",
+    "Scorer",
     "SelfConsistency",
     "SpawnJoin",
     "Spec",

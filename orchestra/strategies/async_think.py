@@ -25,8 +25,10 @@ worker that was joined can be forked again. At the end give your answer."""
 
 
 class AsyncThink(Strategy):
-    """The organiser writes `<FORK-i>sub-query</FORK-i>` and goes on at once while a worker begins; where it writes
-    `<JOIN-i>` it gets the worker's result, waiting for it if it must. The only strategy here whose forks do not block.
+    """An organiser forks workers without waiting, and joins them when it needs them (AsyncThink).
+
+    It writes `<FORK-i>sub-query</FORK-i>` and goes on at once while a worker begins; where it writes `<JOIN-i>` it gets
+    the worker's result, waiting for it if it must. The only strategy here whose forks do not block.
     Critical path: the longest chain of the organiser's stretches and the workers that it had to wait for.
 
     Needs a model that was taught the language (`orchestra.protocols.ASYNC_THINK`), or `instruct` and a capable one.

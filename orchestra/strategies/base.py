@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, create_model
+from pydantic import BeforeValidator, SerializeAsAny, create_model
 
 from orchestra.budget import Budget
 from orchestra.errors import BudgetExceeded, CapabilityError, UsageError
 from orchestra.outcome import Candidate, Outcome, Usage
 from orchestra.run import Scope, current_scope, frontier
 from orchestra.runtime.engine import Capability
-from orchestra.spec import parse_strategy, render
+from orchestra.spec import Named, parse_strategy
 from orchestra.thread import BudgetCut, Thread
 
-_REGISTRY: dict[str, type[Strategy]] = {}
 _IN_PROCESS = frozenset({Capability.SEED, Capability.REUSE_JOIN})  # what no server offers
 
 
-class Strategy(BaseModel):
+class Strategy(Named):
     """A strategy: parameters as fields, and one coroutine from a thread to a thread or an outcome.
 
     Subclasses are registered under the class name in snake case, or a `name` of their own, and can then be named in
@@ -33,23 +31,9 @@ class Strategy(BaseModel):
         paper: where it comes from.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: ClassVar[str] = ""
-    abstract: ClassVar[bool] = False
-    needs: ClassVar[frozenset[Capability]] = frozenset()
-    paper: ClassVar[str] = ""
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if cls.__dict__.get("abstract", False):
-            return
-        cls.name = cls.__dict__.get("name") or re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        known = _REGISTRY.get(cls.name)
-        if known is not None and known.__module__.startswith("orchestra.") and known.__module__ != cls.__module__:
-            raise UsageError(f"there is a built-in strategy {cls.name!r}; give yours another name")
-        _REGISTRY[cls.name] = cls
+    kind = "strategy"
+    example = "self_consistency(samples=8)"
+    abstract = True
 
     async def __call__(self, thread: Thread) -> Thread | Outcome:
         """Run from `thread`."""
@@ -69,24 +53,6 @@ class Strategy(BaseModel):
             text=best.text, answer=best.answer, candidates=list(candidates), finish_reason=best.finish_reason
         )
 
-    def requirements(self) -> frozenset[Capability]:
-        """What this strategy and those inside it need of the engine."""
-        inner = [getattr(self, field) for field in type(self).model_fields]
-        return self.needs.union(*(value.requirements() for value in inner if isinstance(value, Strategy)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form: `{"strategy": name, ...}` with the parameters that differ from their defaults."""
-        values: dict[str, Any] = {"strategy": self.name}
-        for field, info in type(self).model_fields.items():
-            value = getattr(self, field)
-            if not info.exclude and value != info.get_default(call_default_factory=True):
-                values[field] = value.to_dict() if isinstance(value, Strategy) else value
-        return values
-
-    def to_spec(self) -> str:
-        """The spec string, which `parse_strategy` reads back to an equal strategy."""
-        return render(self.to_dict())
-
 
 Spec = Strategy | str | Mapping[str, Any]
 StrategyField = Annotated[SerializeAsAny[Strategy], BeforeValidator(parse_strategy)]
@@ -94,7 +60,7 @@ StrategyField = Annotated[SerializeAsAny[Strategy], BeforeValidator(parse_strate
 
 def registry() -> dict[str, type[Strategy]]:
     """All strategies by name."""
-    return dict(sorted(_REGISTRY.items()))
+    return Strategy.known()
 
 
 def strategy(function: Callable[..., Awaitable[Thread | Outcome]]) -> type[Strategy]:
@@ -128,6 +94,7 @@ async def execute(spec: Spec, thread: Thread, budget: Budget | None = None) -> O
     Raises:
         SpecError: see `parse_strategy`.
         CapabilityError: the engine cannot do what it needs.
+        UsageError: it names an engine that the connection does not have.
     """
     chosen = parse_strategy(spec if isinstance(spec, Strategy | str) else dict(spec))
     _require(chosen, thread)
@@ -151,6 +118,8 @@ async def execute(spec: Spec, thread: Thread, budget: Budget | None = None) -> O
 
 
 def _require(chosen: Strategy, thread: Thread) -> None:
+    for alias in chosen.aliases():
+        thread._run.engine_for(alias)  # a wrong one is an error now, not after what comes before its use
     engine = thread._run.engine_for(thread._alias)
     missing = sorted(chosen.requirements() - engine.capabilities)
     if missing:

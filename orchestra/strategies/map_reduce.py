@@ -16,7 +16,9 @@ from orchestra.thread import Join, Thread
 
 
 class MapReduce(Strategy):
-    """The model writes a plan with outlines and stops; a path is forked for each, whose header is forced; all run side
+    """The model plans parallel paths and concludes from all of them (Multiverse).
+
+    It writes a plan with outlines and stops; a path is forked for each, whose header is forced; all run side
     by side, blocks nested in them too; then the model concludes, seeing every path in full. On engines that can join
     by reuse nothing is computed again (Multiverse's lossless reduce). Critical path: the thread's own tokens plus the
     longest path of each block.

@@ -36,8 +36,7 @@ class SamplingStrategy(Strategy):
 
     async def draw(self, branch: Thread) -> Candidate:
         """Draw one sample and offer it."""
-        outcome = await branch.run(self.drafts)
-        candidate = outcome.as_candidate(logprob=outcome.thread.logprob if outcome.thread else None)
+        candidate = (await branch.run(self.drafts)).as_candidate()
         candidate.weight = self.weigh(candidate)
         branch.offer(candidate)
         return candidate

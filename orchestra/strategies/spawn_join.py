@@ -14,7 +14,9 @@ from orchestra.thread import Thread
 
 
 class SpawnJoin(Strategy):
-    """The parent writes a list of children and stops; all children run side by side, each with its own line and the
+    """The model spawns children that search alone and report (APR).
+
+    The parent writes a list of children and stops; all children run side by side, each with its own line and the
     target and nothing else; their results are written into the parent (recompute join), which goes on: to an answer,
     or to another round. The critical path is the parent's tokens plus the longest child of each round.
 

@@ -15,7 +15,9 @@ from orchestra.thread import Thread
 
 
 class ThreadWeaver(Strategy):
-    """The model writes numbered outlines and stops; a thread runs for each, seeing the text so far and nothing of its
+    """The model outlines threads, whose tokens come back into one context (ThreadWeaver).
+
+    It writes numbered outlines and stops; a thread runs for each, seeing the text so far and nothing of its
     siblings; then all threads stand one after the other in one causal context (recompute join), and the model goes
     on. It needs nothing of a server but continuation. Critical path: the parent's tokens plus the longest thread of
     each block.
