@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, registry, strategy
 from orchestra.strategies.best_of import BestOf
+from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.self_consistency import SelfConsistency
@@ -11,6 +12,7 @@ from orchestra.strategies.spawn_join import SpawnJoin
 
 __all__ = [
     "BestOf",
+    "ConfidenceVote",
     "FirstFinish",
     "Sample",
     "SelfConsistency",
