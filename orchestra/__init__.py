@@ -11,6 +11,7 @@ from orchestra.run import Event
 from orchestra.spec import parse_budget, parse_strategy
 from orchestra.strategies import (
     BestOf,
+    ConfidenceVote,
     FirstFinish,
     Sample,
     SelfConsistency,
@@ -26,6 +27,7 @@ __all__ = [
     "BestOf",
     "Budget",
     "Candidate",
+    "ConfidenceVote",
     "Connection",
     "Event",
     "FirstFinish",

@@ -153,7 +153,7 @@ class Thread:
             UsageError: wrong settings; or the context has no room.
             EngineError: the engine failed.
         """
-        settings = self._sampling(sampling)
+        settings = self.sampling(**sampling)
         edges = await self._stem.edges()
         spans = await encode(self._run, edges, self._tail, self._alias)
         try:
@@ -175,7 +175,8 @@ class Thread:
             raise BudgetCut(done.cut, thread)
         return thread
 
-    def _sampling(self, given: dict[str, Any]) -> Sampling:
+    def sampling(self, **given: Any) -> Sampling:
+        """The settings that a generation would have; see `generate`."""
         values = dict(self._defaults) | {key: value for key, value in given.items() if value is not None}
         for key in ("stop", "stop_ids"):
             if key in values:
@@ -336,7 +337,7 @@ class Threads(tuple[Thread, ...]):
             each: called with index and thread of each that ends, as it ends.
             sampling: as for one thread.
         """
-        if self and siblings.alike(self, settings := self[0]._sampling(sampling)):
+        if self and siblings.alike(self, settings := self[0].sampling(**sampling)):
             return Threads(await siblings.generate(self, settings, each))
 
         async def one(index: int, thread: Thread) -> Thread:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import orchestra
-from orchestra import Thread, strategy
+from orchestra import FirstFinish, Thread, strategy
 from orchestra.errors import CapabilityError, EngineError, PromptError, UsageError
 from orchestra.evaluation.tasks import load_task
 from orchestra.graph import Edge, Span, ThreadGraph
@@ -173,6 +173,35 @@ def test_a_race_stops_its_losers_on_the_server(sglang_server) -> None:
         assert await idle(sglang_server)
 
     asyncio.run(main())
+
+
+@strategy
+async def uneven(thread: Thread) -> Thread:
+    """Fork k goes on for 400 tokens, but for the sixth, which ends after 60."""
+    most = 60 if thread.path[-1] == 5 else 400
+    return await thread.generate(temperature=1, ignore_eos=True, max_tokens=most)
+
+
+def test_the_losers_of_first_finish_search_stop_with_the_winner(sglang_server) -> None:
+    """Eight samples in one batch: when the first has ended the others are a few tokens ahead of what is told here."""
+
+    async def main() -> list[int]:
+        engine, late = opened(SGLANG, sglang_server), []
+        async with orchestra.connect(engine) as connection:
+            for seed in range(3):
+                outcome = await connection.run(FirstFinish(samples=8, drafts=uneven()), PROMPT, seed=seed)
+                counts = [n.count("sampled") for n in outcome.graph.nodes if n.finish_reason == "cancelled"]
+                assert (len(counts), outcome.usage.critical_path_tokens) == (7, 60)
+                assert outcome.usage.sampled_tokens == 60 + sum(counts)
+                late.append(max(counts) - 60)
+        await engine.close()
+        return late
+
+    late = asyncio.run(main())
+    print(late)
+    assert min(late) <= 12
+    assert max(late) <= 80
+    assert asyncio.run(idle(sglang_server))
 
 
 def test_log_probabilities_are_the_models_own_at_any_temperature(sglang_server) -> None:

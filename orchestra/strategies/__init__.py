@@ -5,6 +5,7 @@ from __future__ import annotations
 from orchestra.strategies.async_think import AsyncThink
 from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, registry, strategy
 from orchestra.strategies.best_of import BestOf
+from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.sample import Sample
@@ -16,6 +17,7 @@ from orchestra.strategies.threads import ThreadWeaver
 __all__ = [
     "AsyncThink",
     "BestOf",
+    "ConfidenceVote",
     "FirstFinish",
     "MapReduce",
     "Sample",

@@ -30,9 +30,23 @@ class SamplingStrategy(Strategy):
     samples: Samples = 8
     drafts: StrategyField = Field(default_factory=Sample)
 
+    def prepared(self, thread: Thread) -> Thread:
+        """The thread that samples are forked from. Asked for once, so that all of them share what is before them."""
+        return thread.using(temperature=DRAFT_TEMPERATURE)
+
     def branches(self, thread: Thread) -> Threads:
         """One fork for each sample."""
-        return thread.using(temperature=DRAFT_TEMPERATURE).fork(self.samples)
+        return self.prepared(thread).fork(self.samples)
+
+    def plain(self, what: str) -> Sample:
+        """The drafts of a strategy whose `what` works inside one generation.
+
+        Raises:
+            ValueError: they are more than one generation.
+        """
+        if type(self.drafts) is not Sample:
+            raise ValueError(f"{what} takes drafts=sample(...), one generation each, not {self.drafts.name}")
+        return self.drafts
 
     async def draw(self, branch: Thread) -> Candidate:
         """Draw one sample and offer it."""
@@ -56,8 +70,8 @@ class SamplingStrategy(Strategy):
         return [drawn[index] for index in range(len(branches))]
 
     def weigh(self, candidate: Candidate) -> float:
-        """What a sample counts for in the choice."""
-        return 1.0
+        """What a sample counts for in the choice: one vote, if it has an answer."""
+        return float(candidate.answer is not None)
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Draw all samples side by side, then choose."""
