@@ -40,7 +40,6 @@ LINES = [
     "self_consistency(samples=16, until='confident', window=4)",
     "best_of(samples=8)",
     "best_of(samples=8, hedged=True)",
-    "best_of(samples=8, scorer=bayes_risk)",
     "confidence_vote(samples=8, keep=0.5, window=64)",
     "confidence_vote(samples=16, keep=0.9, window=64, warmup=8, batch=4)",
     "spawn_join",
