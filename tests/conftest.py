@@ -117,6 +117,15 @@ def tiny(make_model: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="session")
+def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small Llama that speaks the plays of `plays.py`; trained once, then kept in pytest's cache."""
+    from speaker import build
+
+    cache = getattr(request.config, "cache", None)
+    return str(build(cache.mkdir("speaker") if cache else tmp_path_factory.mktemp("speaker")))
+
+
+@pytest.fixture(scope="session")
 def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real SGLang server on the CPU with the embedded model, one for the session."""
     from orchestra.runtime.connect import EMBEDDED
