@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from plays_protocols import SCRIPTS
+
 from orchestra import Thread, strategy
 from orchestra.runtime.engine import Prompt
 from orchestra.strategies.base import Spec
@@ -151,4 +153,5 @@ PLAYS = (
         "Two jobs:",
         after({":": "<FORK-1>first job</FORK-1><FORK-2>second</FORK-2>I wait.<JOIN-1></JOIN-1>\nanswer: done"}),
     ),
+    *(Play(*scripted) for scripted in SCRIPTS),
 )

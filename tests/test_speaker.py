@@ -48,7 +48,7 @@ def assert_played(play: Play, outcome: Outcome) -> None:
     assert outcome.text == expected.text, play.name
     assert outcome.answer == expected.answer, play.name
     assert outcome.candidates == [
-        replaced.model_copy(update={"logprob": given.logprob})
+        replaced.model_copy(update={"logprob": given.logprob, "logprob_tokens": given.logprob_tokens})
         for replaced, given in zip(expected.candidates, outcome.candidates, strict=True)
     ], play.name
     measured = {"wall_seconds", "cached_tokens"}
