@@ -9,7 +9,7 @@ ENDS = " 13 and 42</Conclusion></Parallel>\nanswer: 55"
 
 
 def by_path(parts: dict[str, str], deeper: dict[str, str]) -> Script:
-    """A script that says what stands beside the longest ending; in other threads than the first, `deeper` adds to it."""
+    """A script that says what stands beside the longest ending; threads other than the first know `deeper` too."""
 
     def script(context: str, path: tuple[int, ...]) -> str:
         own = parts | (deeper if path else {})
