@@ -11,7 +11,10 @@ from orchestra.run import Event
 from orchestra.spec import parse_budget, parse_strategy
 from orchestra.strategies import (
     BestOf,
+    BudgetForcing,
     FirstFinish,
+    Pdr,
+    Refine,
     Sample,
     SelfConsistency,
     SpawnJoin,
@@ -25,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BestOf",
     "Budget",
+    "BudgetForcing",
     "Candidate",
     "Connection",
     "Event",
@@ -32,6 +36,8 @@ __all__ = [
     "Node",
     "OrchestraError",
     "Outcome",
+    "Pdr",
+    "Refine",
     "Sample",
     "SelfConsistency",
     "Span",

@@ -224,6 +224,12 @@ class Thread:
         with self._run.waiting_for(engine):
             return (await engine.encode(text)).count
 
+    async def opened(self) -> bool:
+        """Whether the prompt leaves the reasoning channel open, as some chat templates do: text begins as thinking."""
+        first = next(iter(self._run.graph.view(await self._stem.edges())), None)
+        spans = self._run.graph.nodes[first].spans if first is not None else []
+        return any(span.text.rstrip().endswith("<think>") for span in spans if span.origin == "prompt")
+
     async def score(self, text: str) -> list[float]:
         """Log-probability (nats) of each token of `text` as this thread's continuation.
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, registry, strategy
 from orchestra.strategies.best_of import BestOf
+from orchestra.strategies.budget_forcing import BudgetForcing
 from orchestra.strategies.first_finish import FirstFinish
+from orchestra.strategies.pdr import Pdr
+from orchestra.strategies.refine import Refine
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.self_consistency import SelfConsistency
 from orchestra.strategies.spawn_join import SpawnJoin
 
 __all__ = [
     "BestOf",
+    "BudgetForcing",
     "FirstFinish",
+    "Pdr",
+    "Refine",
     "Sample",
     "SelfConsistency",
     "SpawnJoin",
