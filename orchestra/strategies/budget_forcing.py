@@ -58,7 +58,8 @@ class BudgetForcing(Strategy):
         try:
             grown = await thread.generate(**sampling)
         except BudgetCut as cut:
-            thread.offer(cut.thread.candidate())
+            if cut.thread is not thread:  # else there was nothing left to begin with
+                thread.offer(cut.thread.candidate())
             raise
         thread.offer(grown.candidate())
         return grown
