@@ -253,9 +253,13 @@ class Thread:
         Args:
             prompts: one prompt each.
             engine: alias of the engine to run them on; default: this thread's.
+
+        Raises:
+            UsageError: there is no such engine.
         """
         self._touch()
         alias = self._alias if engine is None else engine
+        self._run.engine_for(alias)
 
         def begin(prompt: Prompt) -> Thread:
             template = self._template if alias == self._alias and not isinstance(prompt, str) else None

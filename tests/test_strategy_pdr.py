@@ -230,6 +230,14 @@ def test_prompts_have_the_form_of_the_runs_prompt_and_judges_may_live_elsewhere(
     assert {node.engine for node in outcome.graph.nodes} == {"", "judge"}
 
 
+def test_a_wrong_alias_is_an_error_before_anything_is_drawn() -> None:
+    script = Script()
+    for asked in ("pdr(engine='judg')", "refine(engine='judg')"):
+        with pytest.raises(orchestra.OrchestraError, match="unknown engine alias 'judg'; did you mean 'judge'"):
+            script.run(asked, engines={"judge": Script().engine})
+    assert script.shown == []
+
+
 # -- nonsense, budgets, choices --------------------------------------------------------------------------------------
 
 

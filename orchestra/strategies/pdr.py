@@ -53,6 +53,7 @@ class Pdr(Strategy):
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Draft, distil, and draft again; the last draft is the result."""
+        thread.spawn([], self.engine or None)  # a wrong alias is an error now, not after a round
         opened = await thread.opened()
         drafting = thread.using(temperature=DRAFT_TEMPERATURE)
         last: list[Candidate] = []

@@ -38,6 +38,7 @@ class Refine(Strategy):
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Answer, then refine; the last answer is the result."""
+        thread.spawn([], self.engine or None)  # a wrong alias is an error now, not after a round
         opened = await thread.opened()
         drawn: list[Candidate] = []
         previous, unchanged = "", 0
