@@ -63,6 +63,24 @@ def test_goes_back_to_before_the_stop_string(said: str, length: int, again: str)
     assert last.path != stopped.path
 
 
+@pytest.mark.parametrize("before", ["", " so"])
+def test_where_decoding_drops_a_leading_space(before: str) -> None:
+    """As tokenizers of the SentencePiece kind do: what stands before must be decoded along."""
+
+    class Stripping(ScriptedEngine):
+        async def decode(self, tokens: Any) -> str:
+            return (await super().decode(tokens)).removeprefix(" ")
+
+    async def program(thread: Thread) -> Thread:
+        back = await (await thread.append(before).generate(stop="</t>")).before_stop()
+        assert back.text == before + " x y "
+        return await back.append(" Wait").generate()
+
+    outcome = run(program, Stripping(lambda context, _: " d $" if "Wait" in context else " x y </t>"))
+    stopped, last = outcome.graph.nodes[-2:]
+    assert last.context == [Edge(stopped.id, len(before.split()) + 2)]
+
+
 def test_refuses_where_nothing_was_stopped_or_no_ids_are_told() -> None:
     async def ended(thread: Thread) -> Thread:
         return await (await thread.generate()).before_stop()

@@ -107,6 +107,7 @@ def test_shared_top_k() -> None:
     second = informed("go", attempts("refined answer: 3", "refined answer: 3"))
     assert script.judgements == [selection]
     assert script.refinements == [first, first, second]
+    assert [r.sampling.temperature for r in script.engine.requests] == [0.6] * 3 + [0.0] + [0.6] * 3
     assert outcome.usage.critical_path_tokens == 8 + 4 + 4 + 4  # "selected:", "3,", "1" and the end of sequence
     chain = (1 + 8) + (size(selection) + 4) + (size(first) + 4) + (size(second) + 4)
     assert outcome.usage.sequential_tokens == chain
