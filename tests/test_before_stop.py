@@ -117,8 +117,10 @@ def test_on_a_real_model(tiny: str) -> None:
     stops: list[str] = []
 
     async def program(thread: Thread) -> Thread:
-        for stop in [*"aeinrth", "�", "th", "he", "in", "er", " a", "�f"]:
-            cut = await thread.fork(1)[0].append("go ").generate(max_tokens=300, temperature=1.5, stop=stop)
+        for stop in [*"aeinrth", "�", "th", "he", "in", "er", " a", "�f", "<pad>"]:
+            hot = 100 if stop.startswith("<") else 1.5  # a special token has no text, and is rare
+            cut = thread.fork(1)[0].append("go ")
+            cut = await cut.generate(max_tokens=1500, temperature=hot, stop=stop, ignore_eos=True)
             if cut.matched is None:
                 continue
             back = await cut.before_stop()
@@ -135,6 +137,7 @@ def test_on_a_real_model(tiny: str) -> None:
 
     outcome = run(program, f"local:{tiny}")
     assert len(stops) > 5
+    assert "<pad>" in stops
     assert all(len(node.tokens) == len(node) for node in outcome.graph.nodes)
 
 

@@ -12,7 +12,7 @@ from orchestra import Outcome
 from orchestra.errors import CapabilityError
 from orchestra.graph import Edge
 from orchestra.runtime.connect import open_engine
-from orchestra.runtime.engine import Capability
+from orchestra.runtime.engine import Capability, Engine
 from orchestra.testing.scripted import Script, ScriptedEngine
 from orchestra.testing.strategies import check_strategy
 
@@ -169,18 +169,46 @@ def test_laws_on_a_real_model(tiny: str, spec: str) -> None:
     assert outcome.usage.requests > 1
 
 
-def test_on_the_embedded_model() -> None:
-    """Its tag is a word of Countdown: taken back, the search goes on without it."""
+COUNTDOWN = "budget_forcing(extensions=2, end='miss', wait='left:', thinking_tokens=200, cue='')"
+"""Words that the embedded model knows: to it a first miss is the end of thinking."""
 
+
+async def countdown(engine: Engine) -> Outcome:
+    async with orchestra.connect(engine) as connection:
+        return await connection.run(COUNTDOWN, "numbers: 3 7 8 12 target: 54", max_tokens=60)
+
+
+def test_on_the_embedded_model() -> None:
     async def main() -> Outcome:
         engine = open_engine("demo")
         try:
-            spec = "budget_forcing(extensions=2, end='answer:', wait='step:', thinking_tokens=80, cue='')"
-            return await asyncio.wait_for(
-                check_strategy(engine, spec, "numbers: 3 7 8 12 target: 54", max_tokens=60), 120
+            await asyncio.wait_for(
+                check_strategy(engine, COUNTDOWN, "numbers: 3 7 8 12 target: 54", max_tokens=60), 120
             )
+            return await countdown(engine)
         finally:
             await engine.close()
 
     outcome = asyncio.run(main())
-    assert outcome.usage.requests > 1
+    before, tag, _ = outcome.text.partition("miss")
+    assert tag
+    assert before.count("left:") >= 2, "the first misses were not taken back"
+    assert outcome.usage.requests >= 3
+
+
+def test_on_a_server(sglang_server: Any) -> None:
+    """It cuts at the same tokens as the engine in this process: the greedy texts are the same."""
+
+    async def main() -> list[Outcome]:
+        engines = [open_engine("demo"), open_engine(f"sglang://127.0.0.1:{sglang_server.port}")]
+        try:
+            return [await asyncio.wait_for(countdown(engine), 120) for engine in engines]
+        finally:
+            for engine in engines:
+                await engine.close()
+
+    here, there = asyncio.run(main())
+    assert there.text == here.text
+    assert there.usage.requests == here.usage.requests >= 3
+    assert there.usage.forced_tokens == here.usage.forced_tokens
+    assert there.usage.sequential_tokens == here.usage.sequential_tokens
