@@ -11,8 +11,11 @@ from orchestra.run import Event
 from orchestra.spec import parse_budget, parse_strategy
 from orchestra.strategies import (
     BestOf,
+    BudgetForcing,
     ConfidenceVote,
     FirstFinish,
+    Pdr,
+    Refine,
     Sample,
     SelfConsistency,
     SpawnJoin,
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BestOf",
     "Budget",
+    "BudgetForcing",
     "Candidate",
     "ConfidenceVote",
     "Connection",
@@ -34,6 +38,8 @@ __all__ = [
     "Node",
     "OrchestraError",
     "Outcome",
+    "Pdr",
+    "Refine",
     "Sample",
     "SelfConsistency",
     "Span",

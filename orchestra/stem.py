@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from orchestra.errors import UsageError
+from orchestra.errors import CapabilityError, UsageError
 from orchestra.graph import Edge, Node, Span
 from orchestra.run import Path, Run
+from orchestra.runtime.engine import Capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +90,49 @@ def copy(run: Run, end: list[Edge], base: list[Edge]) -> list[Span]:
             length -= span.count
         spans = pieces + spans
     raise UsageError("join takes threads that were forked from this one")
+
+
+class Cut(NamedTuple):
+    """Where a node is left.
+
+    Attributes:
+        length: tokens of the node that remain.
+        kept: the sampled text of these.
+        rest: sampled text that remains, but not its tokens.
+    """
+
+    length: int
+    kept: str
+    rest: str
+
+
+_NEIGHBOURS = 8  # tokens before a text that may change how it is decoded
+_TOKENS_A_CHARACTER = 4
+
+
+async def before_stop(run: Run, node: Node, stop: str | int) -> Cut:
+    """Leave a node before the stop that ended it: a string, or the id of its last token.
+
+    Raises:
+        CapabilityError: the engine does not tell token ids.
+    """
+    engine, sampled = run.engine_for(node.engine), node.spans[-1]
+    if Capability.CUT not in engine.capabilities or len(sampled.tokens) != sampled.count:
+        raise CapabilityError(f"{engine.name} does not tell token ids; local:PATH and sglang://HOST:PORT do")
+    forced, last = len(node) - sampled.count, sampled.count - 1  # the last token completes the stop
+    given = [edge for edge in node.context if not forced]
+    before = run.graph.nodes[given[0].parent].tokens[: given[0].length] if given else node.tokens[:forced]
+    before = before[-_NEIGHBOURS:]
+    with run.waiting_for(engine):
+        start = len(await engine.decode(before)) if before else 0
+
+        async def text(count: int) -> str:
+            return (await engine.decode([*before, *sampled.tokens[:count]]))[start:]
+
+        if isinstance(stop, int):
+            return Cut(forced + last, await text(last), "")
+        wanted = sampled.text.partition(stop)[0]  # all of it if a special token, which has no text, is the stop
+        for count in range(last, max(0, last - _TOKENS_A_CHARACTER * len(stop)), -1):
+            if wanted.startswith(kept := await text(count)):
+                return Cut(forced + count, kept, wanted[len(kept) :])
+    return Cut(forced, "", wanted)  # an odd text, whose tokens do not decode to it one by one

@@ -16,7 +16,7 @@ from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, Watch, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
 from orchestra.siblings import Each
-from orchestra.stem import Later, Stem, Text, copy, encode
+from orchestra.stem import Later, Stem, Text, before_stop, copy, encode
 
 if TYPE_CHECKING:
     from orchestra.budget import Budget
@@ -45,6 +45,7 @@ class Thread:
     _length: int = 0
     _before: str = field(default="", repr=False)
     matched: str | int | None = None
+    _template: Mapping[str, Any] | None = field(default=None, repr=False)
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
@@ -193,6 +194,43 @@ class Thread:
         values = {key: value for key, value in sampling.items() if value is not None}
         return replace(self, _defaults=tuple((values | dict(self._defaults)).items()))
 
+    async def before_stop(self) -> Thread:
+        """Go back to before the stop string, or the stop token, that ended the last generation.
+
+        What was sampled stays in the graph and counts; what comes next does not attend to it, and has a fork path of
+        its own. A token that holds both text and the beginning of the stop string goes too, and its text is written
+        anew.
+
+        Raises:
+            UsageError: no stop string or token has just ended a generation here.
+            CapabilityError: the engine does not tell token ids.
+        """
+        if self._node is None or self.matched is None or self._tail:
+            raise UsageError("before_stop() goes back from a generation that a stop string or token has just ended")
+        self._touch()
+        cut = await before_stop(self._run, self._node, self.matched)
+        return replace(
+            self,
+            _stem=Stem.at(self._run, self._node, cut.length),
+            path=self._run.fork_path(self.path),
+            _tail=(cut.rest,) if cut.rest else (),
+            _length=cut.length,
+            _before=self.text.removesuffix(self.generated) + cut.kept,
+            matched=None,
+        )
+
+    async def count(self, text: str) -> int:
+        """How many tokens `text` has on this thread's engine, by itself."""
+        engine = self._run.engine_for(self._alias)
+        with self._run.waiting_for(engine):
+            return (await engine.encode(text)).count
+
+    async def opened(self) -> bool:
+        """Whether the prompt leaves the reasoning channel open, as some chat templates do: text begins as thinking."""
+        first = next(iter(self._run.graph.view(await self._stem.edges())), None)
+        spans = self._run.graph.nodes[first].spans if first is not None else []
+        return any(span.text.rstrip().endswith("<think>") for span in spans if span.origin == "prompt")
+
     async def score(self, text: str) -> list[float]:
         """Log-probability (nats) of each token of `text` as this thread's continuation.
 
@@ -211,18 +249,25 @@ class Thread:
     def spawn(self, prompts: Sequence[Prompt], engine: str | None = None) -> Threads:
         """New threads with contexts of their own (not forks: they see nothing of this thread), after this one.
 
+        Messages go through the chat template with the run's own settings for it, unless another engine is named.
+
         Args:
             prompts: one prompt each.
             engine: alias of the engine to run them on; default: this thread's.
+
+        Raises:
+            UsageError: there is no such engine.
         """
         self._touch()
         alias = self._alias if engine is None else engine
-        return Threads(
-            Thread.root(self._run, prompt, path=self._run.fork_path(self.path), alias=alias).using(
-                **dict(self._defaults)
-            )
-            for prompt in prompts
-        )
+        self._run.engine_for(alias)
+
+        def begin(prompt: Prompt) -> Thread:
+            template = self._template if alias == self._alias and not isinstance(prompt, str) else None
+            root = Thread.root(self._run, prompt, path=self._run.fork_path(self.path), alias=alias, template=template)
+            return root.using(**dict(self._defaults))
+
+        return Threads(map(begin, prompts))
 
     @classmethod
     def root(
@@ -233,7 +278,8 @@ class Thread:
         async def encoded(_: list[Edge]) -> list[Span]:
             return [await run.encode_prompt(prompt, alias, template or {})]
 
-        return cls(run, Stem(run, (), (Later("", encoded),), path, alias), path, prompt, _alias=alias)
+        stem = Stem(run, (), (Later("", encoded),), path, alias)
+        return cls(run, stem, path, prompt, _alias=alias, _template=template)
 
     def join(self, branches: Iterable[Thread], text: str = "", how: Join = "auto") -> Thread:
         """Bring forks of this thread back into one.

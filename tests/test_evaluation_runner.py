@@ -15,7 +15,7 @@ from orchestra.errors import EngineError, PromptError, UsageError
 from orchestra.evaluation.report import table
 from orchestra.evaluation.runner import evaluate, sample_seed
 from orchestra.evaluation.store import Plan, Record
-from orchestra.evaluation.summary import summarise
+from orchestra.evaluation.summary import Summary, summarise
 from orchestra.evaluation.tasks import Item, Task, TaskFile, load_task
 from orchestra.outcome import Outcome, Usage
 
@@ -185,7 +185,13 @@ def test_seeds_are_the_same_for_ever() -> None:
 
 def test_summary_of_known_samples() -> None:
     def one(item: str, repeat: int, answer: str | None, correct: bool, path: int) -> Record:
-        usage = Usage(sampled_tokens=2 * path, critical_path_tokens=path, wall_seconds=1.0)
+        usage = Usage(
+            sampled_tokens=2 * path,
+            critical_path_tokens=path,
+            sequential_tokens=path + 40,
+            requests=2,
+            wall_seconds=1.0,
+        )
         return Record(id=item, repeat=repeat, seed=0, answer=answer, correct=correct, usage=usage)
 
     records = [
@@ -209,6 +215,11 @@ def test_summary_of_known_samples() -> None:
     assert summary.accuracy_within[96] == 2 / 8
     assert summary.accuracy_within[128] == 3 / 8
     assert max(summary.accuracy_within) == 512
+    # With the 40 tokens of input they take 90, 110, ... 440: one more window for all.
+    assert [summary.accuracy_within_sequential[size] for size in (64, 96, 128, 192)] == [0, 1 / 8, 2 / 8, 3 / 8]
+    assert max(summary.accuracy_within_sequential) == 512
+    assert summary.sequential_tokens == 1010 / 8 + 40
+    assert summary.requests == 2
 
 
 def test_summary_of_nothing_is_valid_json() -> None:
@@ -258,3 +269,28 @@ def test_table_says_all_in_eighty_columns() -> None:
     for word in ("maj@2", "pass@2", "±", "12,345", "2,048", "seconds", "3 failed", "1 ungraded"):
         assert word in text
     assert "…" not in text
+
+
+def test_table_shows_both_budgets_where_input_is_read_again() -> None:
+    def one(strategy: str, sequential: int, total: int, requests: int) -> Summary:
+        tokens = {"sampled_tokens": 60_000 * requests, "critical_path_tokens": 96_000, "requests": requests}
+        tokens |= {"sequential_tokens": 96_000 + sequential, "total_tokens": 60_000 * requests + total}
+        usage = Usage.model_validate(tokens)
+        records = [Record(id=f"n{i}", repeat=0, seed=0, answer="5", correct=i < 7, usage=usage) for i in range(9)]
+        return summarise(plan(strategy=strategy), records)
+
+    def shown(*summaries: Summary) -> str:
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(table(summaries))
+        return console.export_text()
+
+    plain = one("self_consistency(samples=29)", 300, 29 * 300, 29)
+    pdr = one("pdr(widths=[16,8,4], distiller='per_sample_top_k', k=2)", 76_000, 442_000, 57)
+    text = shown(plain)
+    assert "B_seq" not in text
+    text = shown(plain, pdr)
+    for word in ("B_seq", "B_total", "172,000", "3,862,000", "96,300", "1,748,700", "±"):
+        assert word in text
+    assert "…" not in text
+    # Two calls in a row and nothing else: the least that is a chain.
+    assert "B_seq" in shown(one("refine(rounds=1)", 700, 700, 2))

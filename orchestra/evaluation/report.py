@@ -31,8 +31,12 @@ def seconds(value: float | None) -> str:
 def table(summaries: Iterable[Summary], title: str = "") -> Table:
     """Runs side by side: accuracy with its error, and the mean cost of a sample.
 
-    Runs on the same items stand together under one heading, in the order given. It fits 80 columns.
+    Runs on the same items stand together under one heading, in the order given. It fits 80 columns. Where calls of one
+    of the runs follow on one another, and so read input again, B_total and B_seq stand below the sampled tokens of
+    every run: that is what such runs are compared at.
     """
+    summaries = list(summaries)
+    budgets = any(map(_chained, summaries))
     groups: dict[str, list[Summary]] = {}
     for summary in summaries:
         groups.setdefault(_items(summary), []).append(summary)
@@ -41,14 +45,23 @@ def table(summaries: Iterable[Summary], title: str = "") -> Table:
     table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold")
     table.pad_edge, table.padding = False, (0, 1, 0, 0)
     table.add_column("strategy", overflow="fold", min_width=16)
-    for heading in ("accuracy", "tokens", "critical\npath", "p95", "seconds"):
+    total, sequential = ("\n[dim]B_total[/dim]", "\n[dim]B_seq[/dim]") if budgets else ("", "")
+    for heading in ("accuracy", f"tokens{total}", f"critical\npath{sequential}", "p95", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading == "p95" else None)
     for heading, group in groups.items():
         if len(groups) > 1:
             table.add_row(f"[bold]{escape(heading)}[/bold]")
         for s in group:
-            table.add_row(*_row(s), end_section=s is group[-1])
+            table.add_row(*_row(s, budgets), end_section=s is group[-1])
     return table
+
+
+def _chained(s: Summary) -> bool:
+    """Whether calls follow on one another: the heaviest chain has the input of one and a half calls or more."""
+    if s.sequential_tokens is None or s.total_tokens is None or not s.requests:
+        return False
+    sampled, path = s.sampled_tokens or 0, s.critical_path_tokens or 0
+    return s.sequential_tokens - path > 1.5 * (s.total_tokens - sampled) / s.requests
 
 
 def _items(summary: Summary) -> str:
@@ -58,15 +71,15 @@ def _items(summary: Summary) -> str:
     return f"{level}{' · ' if level else ''}{summary.items:,} item{'s' if summary.items != 1 else ''}{times}"
 
 
-def _row(s: Summary) -> list[str]:
+def _row(s: Summary, budgets: bool) -> list[str]:
     budget = [
         f"[dim]{escape(limit.strip())}[/dim]" for limit in (s.budget or "").replace("=", " ≤ ").split(",") if limit
     ]
     return [
         "\n".join([f"[cyan]{escape(s.strategy)}[/cyan]", *budget]),
         "\n".join([f"[bold]{percent(s.accuracy, s.stderr)}[/bold]", *_of_several(s), *_odd(s)]),
-        number(s.sampled_tokens),
-        number(s.critical_path_tokens),
+        number(s.sampled_tokens) + (f"\n[dim]{number(s.total_tokens)}[/dim]" if budgets else ""),
+        number(s.critical_path_tokens) + (f"\n[dim]{number(s.sequential_tokens)}[/dim]" if budgets else ""),
         number(s.critical_path_tokens_p95),
         seconds(s.wall_seconds),
     ]

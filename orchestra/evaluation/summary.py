@@ -28,10 +28,11 @@ class Summary(BaseModel):
         stderr: its standard error, clustered by item.
         maj_at_k: accuracy of a majority vote over the samples of each item; by k, the number of samples.
         pass_at_k: chance that one of k samples is correct, unbiased; by k.
-        sampled_tokens, critical_path_tokens, sequential_tokens, total_tokens, wall_seconds: means over the samples that
-            did not fail; see `Usage`.
+        sampled_tokens, critical_path_tokens, sequential_tokens, total_tokens, requests, wall_seconds: means over the
+            samples that did not fail; see `Usage`.
         critical_path_tokens_p95: 95th percentile.
         accuracy_within: accuracy when samples with a longer critical path count as wrong; by tokens.
+        accuracy_within_sequential: the same by `sequential_tokens`: accuracy at matched B_seq.
         ungraded: samples without a grade; they count neither way.
         failed: samples that ended with an error; likewise.
         stopped: samples that a budget ended early; by budget.
@@ -50,10 +51,12 @@ class Summary(BaseModel):
     critical_path_tokens_p95: float | None
     sequential_tokens: float | None = None
     total_tokens: float | None = None
+    requests: float | None = None
     wall_seconds: float | None
     ungraded: int
     failed: int
     accuracy_within: dict[int, float] = Field(default_factory=dict)
+    accuracy_within_sequential: dict[int, float] = Field(default_factory=dict)
     stopped: dict[str, int] = Field(default_factory=dict)
     parameters: dict[str, object] = Field(default_factory=dict)
     engine: str = ""
@@ -95,10 +98,12 @@ def summarise(plan: Plan, records: Iterable[Record]) -> Summary:
         critical_path_tokens_p95=_known(percentile((r.usage.critical_path_tokens for r in done), 0.95)),
         sequential_tokens=_known(mean(r.usage.sequential_tokens for r in done)),
         total_tokens=_known(mean(r.usage.total_tokens for r in done)),
+        requests=_known(mean(r.usage.requests for r in done)),
         wall_seconds=_known(mean(r.usage.wall_seconds for r in done)),
         ungraded=len(done) - len(graded),
         failed=len(records) - len(done),
-        accuracy_within=_within(graded),
+        accuracy_within=_within([(r, r.usage.critical_path_tokens) for r in graded]),
+        accuracy_within_sequential=_within([(r, r.usage.sequential_tokens) for r in graded]),
         stopped=stopped,
         parameters=plan.parameters,
         engine=plan.engine,
@@ -126,14 +131,14 @@ def _pass(clusters: Clusters, repeats: int) -> dict[int, float]:
     return {k: value for k, value in values.items() if not math.isnan(value)}
 
 
-def _within(graded: list[Record]) -> dict[int, float]:
-    """Accuracy within windows of 64, 96, 128, 192, ... critical-path tokens, as far as the samples reach."""
-    longest = max((r.usage.critical_path_tokens for r in graded), default=0)
+def _within(graded: list[tuple[Record, int]]) -> dict[int, float]:
+    """Accuracy within windows of 64, 96, 128, 192, ... tokens of what each sample cost, as far as the samples reach."""
+    longest = max((cost for _, cost in graded), default=0)
     windows: dict[int, float] = {}
     window = 64
     while graded:
         for size in (window, window * 3 // 2):
-            windows[size] = mean(bool(r.correct) and r.usage.critical_path_tokens <= size for r in graded)
+            windows[size] = mean(bool(record.correct) and cost <= size for record, cost in graded)
             if size >= longest:
                 return windows
         window *= 2

@@ -268,6 +268,16 @@ class Engine(abc.ABC):
     async def encode(self, text: str) -> Span:
         """Text that the orchestrator writes into a thread, as a span of origin `forced`; empty text, empty span."""
 
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens skipped; for engines that can `CUT`.
+
+        Raises:
+            CapabilityError: the engine does not tell token ids.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(f"{self.name} does not tell token ids; local:PATH and sglang://HOST:PORT do")
+
     @abc.abstractmethod
     def generate(self, request: Request) -> Stream:
         """Start a generation. Called on a running event loop; errors arrive through the stream.

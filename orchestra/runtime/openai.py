@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -204,6 +204,13 @@ class OpenAIEngine(RemoteEngine):
         span = await self._tokens.forced(text)
         self._contexts.saw(span.tokens)
         return span
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """See `Engine.decode`."""
+        await self.open()
+        if (known := self._tokens) is None or not self._completes:
+            return await super().decode(tokens)
+        return (await self.server.insist(lambda: known.decode([list(tokens)])))[0]
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +133,11 @@ class SGLangEngine(RemoteEngine):
     async def encode(self, text: str) -> Span:
         """See `Engine.encode`."""
         return await self._encoded(self._tokens.forced(text), None) if text else Span("forced")
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """See `Engine.decode`."""
+        await self.open()
+        return (await self._decode([list(tokens)]))[0]
 
     async def _encoded(self, work: Any, limit: int | None) -> Span:
         await self.open()

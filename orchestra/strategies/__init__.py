@@ -5,9 +5,12 @@ from __future__ import annotations
 from orchestra.strategies.async_think import AsyncThink
 from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, registry, strategy
 from orchestra.strategies.best_of import BestOf
+from orchestra.strategies.budget_forcing import BudgetForcing
 from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.map_reduce import MapReduce
+from orchestra.strategies.pdr import Pdr
+from orchestra.strategies.refine import Refine
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.scorers import Scorer
 from orchestra.strategies.self_consistency import SelfConsistency
@@ -17,9 +20,12 @@ from orchestra.strategies.threads import ThreadWeaver
 __all__ = [
     "AsyncThink",
     "BestOf",
+    "BudgetForcing",
     "ConfidenceVote",
     "FirstFinish",
     "MapReduce",
+    "Pdr",
+    "Refine",
     "Sample",
     "Scorer",
     "SelfConsistency",

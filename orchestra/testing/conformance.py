@@ -357,6 +357,8 @@ class _Suite:
         if whole.count < 4:
             return
         at = whole.count // 2
+        decoded = (await self.engine.decode(whole.tokens[:at])).rstrip("\ufffd").strip()  # half a character, perhaps
+        assert whole.text.strip().startswith(decoded), f"decode() makes {decoded!r} of the start of {whole.text!r}"
         rest = await self.say(graph, [Edge(node.id, at)], replace(self.sampling, max_tokens=whole.count - at))
         assert whole.text.endswith(rest.text), (
             f"from token {at} on it says {rest.text!r}, not the end of {whole.text!r}"

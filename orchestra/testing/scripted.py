@@ -78,6 +78,11 @@ class ScriptedEngine(Engine):
         """Words."""
         return self._span("forced", text)
 
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """Words."""
+        words = {index: word for word, index in self._ids.items()}
+        return "".join(words[token] for token in tokens)
+
     def generate(self, request: Request) -> Stream:
         """Play what the script says to this context."""
         graph, node = request.graph, request.node

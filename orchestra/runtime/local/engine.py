@@ -103,6 +103,11 @@ class LocalEngine(Engine):
         await self.open()
         return self._open()[1].forced(text)
 
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """See `Engine.decode`."""
+        await self.open()
+        return self._open()[1].decode(list(tokens))
+
     def generate(self, request: Request) -> Stream:
         """See `Engine.generate`."""
         job: Job | None = None
