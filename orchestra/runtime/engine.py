@@ -44,11 +44,14 @@ class Sampling:
         temperature: 0 is greedy (ties to the lowest id).
         top_k, top_p, min_p: truncations, in this order; 0, 1 and 0 are off.
         max_tokens: most tokens to sample; None: as many as the context has room for.
-        stop: strings that end the generation; the stop string stays in the text.
+        stop: strings that end the generation. They are looked for with special tokens shown, whether the text shows
+            them or not, and stay in the text, which ends with them even if their last token goes on.
         stop_ids: token ids that do the same.
         ignore_eos: go on after the model's end-of-sequence token.
         logprobs: report log-probabilities; engines for which they cost nothing always do.
         top_logprobs: how many alternatives to report per token.
+        skip_special_tokens: leave special tokens out of the text. Models whose tags are special tokens need False. The
+            text of an end-of-sequence token is left out in either case.
     """
 
     temperature: float = 0.0
@@ -61,6 +64,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)

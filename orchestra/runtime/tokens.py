@@ -27,6 +27,9 @@ class Tokens(Protocol):
     async def forced(self, text: str) -> Span:
         """Text that the orchestrator writes; see `Engine.encode`."""
 
+    async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
+        """Texts of lists of ids."""
+
 
 class ServerTokens:
     """Asks the server, which applies its own chat template.
@@ -134,13 +137,18 @@ class LocalTokens:
     Args:
         source: a folder or a Hugging Face id.
         context: length of the model's context.
+
+    Attributes:
+        eos: the id that the tokenizer ends sequences with, if it names one.
     """
 
     def __init__(self, source: str, context: int) -> None:
         from orchestra.runtime.local.prompts import Prompts
         from orchestra.runtime.local.sources import load_tokenizer
 
-        self._prompts = Prompts(load_tokenizer(source), context)
+        tokenizer = load_tokenizer(source)
+        self._prompts = Prompts(tokenizer, context)
+        self.eos: int | None = tokenizer.eos_token_id
 
     async def prompt(self, prompt: Prompt, template: Mapping[str, Any]) -> Span:
         """A prompt; see `Engine.encode_prompt`."""
@@ -149,6 +157,10 @@ class LocalTokens:
     async def forced(self, text: str) -> Span:
         """Text that the orchestrator writes; see `Engine.encode`."""
         return self._prompts.forced(text)
+
+    async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
+        """Texts of lists of ids."""
+        return [self._prompts.decode_all(ids, skip_special=skip_special) for ids in lists]
 
 
 @lru_cache(maxsize=512)
