@@ -252,6 +252,11 @@ class Engine(abc.ABC):
     context_length: int | None = None
     recorded: bool = False
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a sequence, as far as they are known: complete in process; servers may tell in time."""
+        return frozenset()
+
     async def open(self) -> Self:
         """Load what is loaded once. Optional: the first use does it, but here errors come early.
 
@@ -271,6 +276,16 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     async def encode(self, text: str) -> Span:
         """Text that the orchestrator writes into a thread, as a span of origin `forced`; empty text, empty span."""
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids that go on after some text; see `Sampling.skip_special_tokens`.
+
+        Raises:
+            CapabilityError: the engine knows no ids.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(f"{self.name} cannot decode token ids")
 
     @abc.abstractmethod
     def generate(self, request: Request) -> Stream:

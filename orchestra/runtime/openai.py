@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -206,6 +206,20 @@ class OpenAIEngine(RemoteEngine):
         span = await self._tokens.forced(text)
         self._contexts.saw(span.tokens)
         return span
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See `Engine.decode`; vLLM always shows special tokens."""
+        await self.open()
+        tokens = self._tokens
+        if tokens is None:
+            return await super().decode(ids)
+        said = [token for token in ids if token not in self._ends.ids]
+        return await self.server.insist(lambda: tokens.continuation(said, skip_special=skip_special_tokens))
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `Engine.eos_ids`: learned from generations that end so."""
+        return self._ends.ids
 
     async def _decode(self, lists: list[list[int]]) -> list[str]:
         """Texts of lists of ids, special tokens shown."""

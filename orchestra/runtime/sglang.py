@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -140,6 +140,18 @@ class SGLangEngine(RemoteEngine):
     async def encode(self, text: str) -> Span:
         """See `Engine.encode`."""
         return await self._encoded(self._tokens.forced(text), None) if text else Span("forced")
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See `Engine.decode`."""
+        await self.open()
+        said = [token for token in ids if token not in self._ends.ids]
+        work = partial(self._tokens.continuation, said, skip_special=skip_special_tokens)
+        return await self.server.insist(work)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `Engine.eos_ids`: of a model folder that is here too, or of `tokenizer`; else learned."""
+        return self._ends.ids
 
     async def _encoded(self, work: Any, limit: int | None) -> Span:
         await self.open()

@@ -13,6 +13,7 @@ from orchestra.errors import EngineError, PromptError
 from orchestra.graph import Edge, Node, Span, ThreadGraph
 from orchestra.runtime.engine import Prompt
 from orchestra.runtime.http import Fault, Refused, Server
+from orchestra.runtime.local.prompts import ANCHOR, Prompts
 
 _KEPT = 4096  # encoded texts: strategies write the same few again and again
 _LARGE_ID = 2**31 - 1
@@ -29,6 +30,9 @@ class Tokens(Protocol):
 
     async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
         """Texts of lists of ids."""
+
+    async def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """Text of ids as it reads after other text: some tokenizers drop a space where a text begins."""
 
 
 class ServerTokens:
@@ -101,6 +105,12 @@ class ServerTokens:
         except (KeyError, TypeError, StopIteration) as error:
             raise Fault("it sent text of another shape") from error
 
+    async def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """See `Tokens.continuation`; tried once."""
+        anchor = await self._ids(ANCHOR, False)
+        whole, start = await self.decode([anchor + ids, anchor], skip_special=skip_special)
+        return whole[len(start) :]
+
     async def _decode_one(self, ids: list[int]) -> str:
         """The same as vLLM has it."""
         answer = await self._server.ask("POST", self._decode, {**self._model, "tokens": ids})
@@ -143,7 +153,6 @@ class LocalTokens:
     """
 
     def __init__(self, source: str, context: int) -> None:
-        from orchestra.runtime.local.prompts import Prompts
         from orchestra.runtime.local.sources import load_tokenizer
 
         tokenizer = load_tokenizer(source)
@@ -161,6 +170,10 @@ class LocalTokens:
     async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
         """Texts of lists of ids."""
         return [self._prompts.decode_all(ids, skip_special=skip_special) for ids in lists]
+
+    async def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """See `Tokens.continuation`."""
+        return self._prompts.continuation(ids, skip_special=skip_special)
 
 
 @lru_cache(maxsize=512)

@@ -104,6 +104,16 @@ class LocalEngine(Engine):
         await self.open()
         return self._open()[1].forced(text)
 
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See `Engine.decode`."""
+        await self.open()
+        return self._open()[1].continuation(list(ids), skip_special=skip_special_tokens)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `Engine.eos_ids`; known once the engine is open."""
+        return frozenset() if self._model is None else self._model.eos
+
     def generate(self, request: Request) -> Stream:
         """See `Engine.generate`."""
         job: Job | None = None

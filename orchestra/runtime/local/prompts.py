@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from orchestra.errors import PromptError
@@ -10,6 +11,10 @@ from orchestra.graph import Span
 from orchestra.runtime.engine import Prompt
 
 OTHERS = "other engines: local:PATH_OR_ID, sglang://HOST:PORT, openai://HOST:PORT/v1?model=NAME"
+
+
+ANCHOR = "a"
+"""A text for others to stand after."""
 
 
 class Prompts:
@@ -45,6 +50,16 @@ class Prompts:
                 ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
             )
         return text
+
+    def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """Text of ids as it reads after other text: some tokenizers drop a space where a text begins."""
+        anchor = self._anchor
+        whole = self.decode([*anchor, *ids], skip_special=skip_special)
+        return whole[len(self.decode(anchor, skip_special=skip_special)) :]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self._ids(ANCHOR, False)
 
     def prompt(self, prompt: Prompt, **template: Any) -> Span:
         """A prompt; see `Engine.encode_prompt`."""
