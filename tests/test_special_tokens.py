@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TAGS, byte_tokenizer, save_model, started
 from engines import opened, root
 
-from orchestra.errors import CapabilityError
-from orchestra.graph import Edge, Span, ThreadGraph
+from orchestra.graph import Edge, ThreadGraph
 from orchestra.runtime import sglang
 from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Delta, Engine, Request, Sampling

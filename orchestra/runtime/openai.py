@@ -19,8 +19,8 @@ import orjson
 
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Message, Prompt, Request, Sampling
 from orchestra.runtime.ends import Ends
+from orchestra.runtime.engine import Capability, Delta, Message, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.openai_wire import Reading
 from orchestra.runtime.remote import Call, RemoteEngine, Sample

@@ -19,8 +19,8 @@ from typing import Any
 from orchestra.errors import EngineError, OrchestraError, PromptError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Sampling
 from orchestra.runtime.ends import Ends
+from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events, settle
 from orchestra.runtime.local.detokenize import cut
 from orchestra.runtime.remote import Call, RemoteEngine, Sample

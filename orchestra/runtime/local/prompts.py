@@ -46,9 +46,7 @@ class Prompts:
         if self._backend is not None:  # the Python layer above it costs ten times as much
             text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
         else:
-            text = self._tokenizer.decode(
-                ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-            )
+            text = self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
     def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
