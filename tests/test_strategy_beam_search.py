@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,11 @@ from engines import opened
 
 import orchestra
 from orchestra import Outcome
+from orchestra.errors import CapabilityError, SpecError
+from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Engine
+from orchestra.testing import check_parity, check_strategy
+from orchestra.testing.scripted import ScriptedEngine, replies
 
 SMALL = 12  # a vocabulary small enough to try everything; ids 4 and up are the first printable characters
 PROMPTS = ["!#", '"', "&%$", "'"]
@@ -40,14 +45,6 @@ def everything(model: Any, prompt: list[int], length: int, *, eos: int | None) -
         found |= {ids: score for ids, score in heads.items() if ids[-1] == eos}
         heads = {ids: score for ids, score in heads.items() if ids[-1] != eos}
     return found | heads
-
-
-def ids_of(outcome: Outcome, index: int = 0) -> tuple[int, ...]:
-    """Tokens of a candidate, less an end of sequence: there are no merges among these characters."""
-    thread = outcome.thread
-    assert thread is not None
-    [later] = thread._tail
-    return tuple(asyncio.run(later.spans([]))[0].tokens)  # type: ignore[union-attr]
 
 
 NORMS: dict[str, Callable[[float, int], float]] = {
@@ -138,3 +135,193 @@ def test_it_is_transformers_own_where_the_definitions_are_the_same(
 
     asyncio.run(main())
     assert ended or penalty
+
+
+# -- counted by hand ---------------------------------------------------------------------------------------------------
+
+GREEDY_IS_WRONG = {"go": {" a": 0.6, " b": 0.4}, "a": {" c": 0.4, " d": 0.3, " $": 0.3}, "b": {" e": 0.9, " $": 0.1}}
+ENDS_AT_ONCE = {**GREEDY_IS_WRONG, "a": {" $": 0.7, " c": 0.3}}
+
+
+def model(table: dict[str, dict[str, float]]) -> ScriptedEngine:
+    """Chances by the last word; every other word ends."""
+
+    def top(context: str, _: int) -> dict[str, float]:
+        chances = table.get(context.split()[-1], {" $": 1.0})
+        return {word: math.log(chance) for word, chance in chances.items()}
+
+    return ScriptedEngine(top=top)
+
+
+def run(engine: Engine, spec: str, **settings: Any) -> Outcome:
+    return asyncio.run(asyncio.wait_for(ask(engine, spec, "go", **settings), 20))
+
+
+def likelihoods(outcome: Outcome) -> list[tuple[str, float]]:
+    found = [(c.text, round(math.exp(c.logprob or 0.0), 4)) for c in outcome.candidates]
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def test_two_beams_find_what_greedy_misses_and_every_token_is_counted_once() -> None:
+    """Steps: a .6 and b .4; be .36 and ac .24 (ad and a$ .18, b$ .04); both end. One is asked, then two, then two."""
+    engine = model(GREEDY_IS_WRONG)
+    outcome = run(engine, "beam_search(width=2, alpha=0)")
+    assert likelihoods(outcome) == [(" b e", 0.36), (" a c", 0.24)]
+    assert (outcome.text, outcome.finish_reason) == (" b e", "stop")
+    assert [c.tokens for c in outcome.candidates] == [3, 3]
+    usage = outcome.usage
+    assert (usage.sampled_tokens, usage.requests, usage.critical_path_tokens) == (5, 5, 3)
+    assert engine.load().sampled_tokens == 5
+    assert usage.forced_tokens == 1, "b; the likeliest are gone on from where they were sampled"
+    assert usage.sequential_tokens == (1 + 1) + (2 + 1) + (3 + 1)
+    assert usage.total_tokens == (1 + 1) + 2 * (2 + 1) + 2 * (3 + 1)
+    assert usage.wall_seconds == 3, "all beams of a step are asked at once"
+    assert run(model(GREEDY_IS_WRONG), "sample").text == " a c"
+    assert outcome.thread is not None
+    assert outcome.thread.text == " b e"
+
+
+@pytest.mark.parametrize(
+    ("spec", "sampled", "texts"),
+    [
+        # a$ .42 ends in the second step, and be .36 can only get worse.
+        ("alpha=0", 3, [(" a", 0.42)]),
+        ("alpha=0, stop_when='width'", 5, [(" a", 0.42), (" b e", 0.36)]),
+        # By the mean, a$ is at -.434 a token; be can still come to log(.36) / 5 = -.204, and comes to -.341.
+        ("normalise='mean', max_tokens=5", 5, [(" a", 0.42), (" b e", 0.36)]),
+        # Without a limit it is taken as it stands: log(.36) / 2 = -.511.
+        ("normalise='mean'", 3, [(" a", 0.42)]),
+    ],
+)
+def test_it_stops_when_the_best_cannot_be_beaten(spec: str, sampled: int, texts: list[tuple[str, float]]) -> None:
+    outcome = run(model(ENDS_AT_ONCE), f"beam_search(width=2, {spec})")
+    assert likelihoods(outcome) == texts
+    assert outcome.usage.sampled_tokens == sampled
+    assert outcome.text == (" b e" if "mean" in spec and len(texts) == 2 else " a")
+
+
+def test_a_text_that_ends_below_the_width_is_dropped() -> None:
+    """In the second step a$ is third of the options: be and ac go on, and nothing has ended yet."""
+    table = {**GREEDY_IS_WRONG, "a": {" c": 0.4, " $": 0.35, " d": 0.25}}
+    assert likelihoods(run(model(table), "beam_search(width=2, alpha=0)")) == [(" b e", 0.36), (" a c", 0.24)]
+
+
+def test_a_limit_ends_what_still_grows() -> None:
+    outcome = run(model(GREEDY_IS_WRONG), "beam_search(width=2, alpha=0, max_tokens=2)")
+    assert likelihoods(outcome) == [(" b e", 0.36), (" a c", 0.24)]
+    assert {c.finish_reason for c in outcome.candidates} == {"length"}
+    assert run(model(GREEDY_IS_WRONG), "beam_search(width=2)", max_tokens=1).text == " a"
+
+
+@pytest.mark.parametrize(("diversity", "texts", "sampled"), [(0.5, [" a c", " a c"], 3), (1, [" a c", " b e"], 5)])
+def test_a_group_pays_for_what_the_groups_before_it_took(diversity: float, texts: list[str], sampled: int) -> None:
+    """After a (log .6 = -.51), a costs the second group 1.01 or 1.51; b costs it 1.2. Equal beams are asked once."""
+    table = {**GREEDY_IS_WRONG, "go": {" a": 0.6, " b": 0.3, " c": 0.1}, "a": {" c": 0.6, " d": 0.2, " $": 0.2}}
+    outcome = run(model(table), f"beam_search(width=2, groups=2, diversity={diversity}, alpha=0)")
+    assert [c.text for c in outcome.candidates] == texts
+    assert outcome.candidates[0].logprob == pytest.approx(math.log(0.36)), "what it paid is not in its score"
+    assert outcome.usage.sampled_tokens == sampled
+    assert outcome.usage.critical_path_tokens == 3
+
+
+def test_what_a_budget_leaves_is_the_best_so_far() -> None:
+    for limit, text in [(1, " a"), (3, " b e"), (4, " b e")]:
+        outcome = run(model(GREEDY_IS_WRONG), "beam_search(width=2)", budget=f"sampled_tokens={limit}")
+        assert (outcome.text, outcome.stopped_by) == (text, "sampled_tokens")
+        assert outcome.candidates[-1].finish_reason is None
+        assert outcome.usage.sampled_tokens <= limit
+    late = run(model(GREEDY_IS_WRONG), "beam_search(width=2)", budget="wall_seconds=2.5")
+    assert (late.stopped_by, late.text) == ("wall_seconds", " a"), "told after the first step, and then every 16"
+    done = run(model(ENDS_AT_ONCE), "beam_search(width=2, stop_when='width')", budget="sampled_tokens=3")
+    assert (done.text, done.finish_reason) == (" a", "stop"), "one that has ended comes before all that grow"
+
+
+def test_a_character_of_several_tokens_is_whole() -> None:
+    class Bytes(ScriptedEngine):
+        """A token is a byte in hexadecimal; alone it is no character."""
+
+        async def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+            return bytes.fromhex(await super().decode(ids)).decode(errors="replace")
+
+    def top(context: str, _: int) -> dict[str, float]:
+        following = {"go": " e6", "e6": " 97", "97": " a5"}.get(context.split()[-1].replace("\ufffd", ""), " $")
+        return {following: math.log(0.9), " 21": math.log(0.1)}
+
+    outcome = run(Bytes(top=top), "beam_search(width=3, alpha=0, max_tokens=4)")
+    assert outcome.text == "日"
+
+
+def test_stop_strings_and_ids_end_beams() -> None:
+    engine = model({**GREEDY_IS_WRONG, "e": {" f": 1.0}, "f": {" g": 1.0}})
+    outcome = run(engine, "beam_search(width=2, alpha=0)", stop=("e f",))
+    assert likelihoods(outcome)[0] == (" b e f", 0.36), "a stop string over two tokens"
+    assert outcome.finish_reason == "stop"
+    assert outcome.usage.critical_path_tokens == 3
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    with pytest.raises(SpecError, match="width=4 is no multiple of groups=3"):
+        run(model({}), "beam_search(width=4, groups=3)")
+    with pytest.raises(CapabilityError, match="beam_search needs top_logprobs"):
+        run(ScriptedEngine(replies(" a $")), "beam_search")
+
+
+# -- the laws ----------------------------------------------------------------------------------------------------------
+
+SPECS = ["beam_search(width=3)", "beam_search(width=4, groups=2, normalise='mean')"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_laws_hold_on_a_script(spec: str) -> None:
+    outcome = asyncio.run(check_strategy(model(GREEDY_IS_WRONG), spec, "go"))
+    assert outcome.text in (" b e", " a c")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_laws_hold_on_real_models(tiny: str, spec: str) -> None:
+    async def main() -> None:
+        async with opened(tiny) as engine:
+            outcome = await check_strategy(engine, spec, "the answer is", max_tokens=10)
+            await check_parity(engine, outcome.graph)
+        demo = open_engine("demo")
+        try:
+            await check_strategy(demo, spec, "numbers: 3 7 8 12 target: 55", max_tokens=12)
+        finally:
+            await demo.close()
+
+    asyncio.run(main())
+
+
+def test_nested_it_is_a_draft_like_any_other(tiny: str) -> None:
+    async def main() -> None:
+        async with opened(tiny) as engine:
+            spec = "best_of(samples=2, drafts=beam_search(width=2, max_tokens=6))"
+            outcome = await ask(engine, spec, "the answer is")
+            alone = await ask(engine, "beam_search(width=2, max_tokens=6)", "the answer is")
+            assert outcome.text == alone.text
+
+    asyncio.run(main())
+
+
+def test_a_server_finds_the_same(sglang_server: Any) -> None:
+    """Log-probabilities of kernels differ in the sixth digit; the sums of the beams agree to four."""
+    prompt = "numbers: 3 7 8 12 target: 55"
+
+    async def main() -> None:
+        here, there = open_engine("demo"), open_engine(f"sglang://127.0.0.1:{sglang_server.port}")
+        try:
+            for spec in SPECS:
+                ours = await ask(here, spec, prompt, max_tokens=24)
+                theirs = await ask(there, spec, prompt, max_tokens=24)
+                assert theirs.text == ours.text
+                assert [c.logprob for c in theirs.candidates] == pytest.approx(
+                    [c.logprob for c in ours.candidates], abs=1e-3
+                )
+                assert theirs.usage.sampled_tokens == ours.usage.sampled_tokens
+                assert theirs.usage.critical_path_tokens == ours.usage.critical_path_tokens
+            assert there.eos_ids == here.eos_ids
+        finally:
+            await here.close()
+            await there.close()
+
+    asyncio.run(main())
