@@ -10,16 +10,21 @@ from orchestra.outcome import Candidate, Outcome, Usage
 from orchestra.run import Event
 from orchestra.spec import parse_budget, parse_strategy
 from orchestra.strategies import (
+    AsyncThink,
+    BeamSearch,
     BestOf,
     BudgetForcing,
     ConfidenceVote,
     FirstFinish,
+    MapReduce,
     Pdr,
     Refine,
     Sample,
+    Scorer,
     SelfConsistency,
     SpawnJoin,
     Strategy,
+    ThreadWeaver,
     strategy,
 )
 from orchestra.thread import Thread, Threads
@@ -27,6 +32,8 @@ from orchestra.thread import Thread, Threads
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncThink",
+    "BeamSearch",
     "BestOf",
     "Budget",
     "BudgetForcing",
@@ -35,18 +42,21 @@ __all__ = [
     "Connection",
     "Event",
     "FirstFinish",
+    "MapReduce",
     "Node",
     "OrchestraError",
     "Outcome",
     "Pdr",
     "Refine",
     "Sample",
+    "Scorer",
     "SelfConsistency",
     "Span",
     "SpawnJoin",
     "Strategy",
     "Thread",
     "ThreadGraph",
+    "ThreadWeaver",
     "Threads",
     "Usage",
     "connect",

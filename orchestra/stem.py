@@ -124,15 +124,16 @@ async def before_stop(run: Run, node: Node, stop: str | int) -> Cut:
     before = run.graph.nodes[given[0].parent].tokens[: given[0].length] if given else node.tokens[:forced]
     before = before[-_NEIGHBOURS:]
     with run.waiting_for(engine):
-        start = len(await engine.decode(before)) if before else 0
 
-        async def text(count: int) -> str:
-            return (await engine.decode([*before, *sampled.tokens[:count]]))[start:]
+        async def text(count: int, *, skip: bool = True) -> str:
+            start = len(await engine.decode(before, skip_special_tokens=skip)) if before else 0
+            return (await engine.decode([*before, *sampled.tokens[:count]], skip_special_tokens=skip))[start:]
 
         if isinstance(stop, int):
             return Cut(forced + last, await text(last), "")
-        wanted = sampled.text.partition(stop)[0]  # all of it if a special token, which has no text, is the stop
+        wanted = sampled.text.partition(stop)[0]  # all of it if a special token that is not shown is the stop
         for count in range(last, max(0, last - _TOKENS_A_CHARACTER * len(stop)), -1):
-            if wanted.startswith(kept := await text(count)):
-                return Cut(forced + count, kept, wanted[len(kept) :])
+            for skip in (True, False):  # whichever way the text was told
+                if wanted.startswith(kept := await text(count, skip=skip)):
+                    return Cut(forced + count, kept, wanted[len(kept) :])
     return Cut(forced, "", wanted)  # an odd text, whose tokens do not decode to it one by one

@@ -100,6 +100,17 @@ class Thread:
     def _sampled(self) -> list[Span]:
         return [span for span in self._node.spans if span.origin == "sampled"] if self._node is not None else []
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a sequence on its engine, as far as they are known; see `Engine.eos_ids`."""
+        return self._run.engine_for(self._alias).eos_ids
+
+    async def decode(self, ids: Sequence[int], **options: bool) -> str:
+        """Text of token ids as its engine reads them; see `Engine.decode`."""
+        engine = self._run.engine_for(self._alias)
+        with self._run.waiting_for(engine):
+            return await engine.decode(ids, **options)
+
     def _touch(self) -> None:
         """Reading a result is coming after it, however the program awaited it (a gather of its own, say)."""
         if self._node is not None and self._node.id not in frontier.get():
@@ -107,9 +118,21 @@ class Thread:
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 
-    def append(self, text: str) -> Thread:
-        """Write `text` into the thread; it is computed when the thread is next generated or forked."""
-        return replace(self, _tail=(*self._tail, text)) if text else self
+    def append(self, text: str, ids: Sequence[int] | None = None) -> Thread:
+        """Write `text` into the thread; it is computed when the thread is next generated or forked.
+
+        Args:
+            text: what it says.
+            ids: its token ids, where the tokenizer is not to choose them: tokens that the model has weighed, say.
+        """
+        if ids is None:
+            return replace(self, _tail=(*self._tail, text)) if text else self
+        span = Span("forced", list(ids), len(ids), text)
+
+        async def given(_: list[Edge]) -> list[Span]:
+            return [replace(span, tokens=list(span.tokens))]
+
+        return replace(self, _tail=(*self._tail, Later(text, given))) if span.count else self
 
     @overload
     def fork(self, what: int) -> Threads: ...

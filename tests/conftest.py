@@ -19,8 +19,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 
-def byte_tokenizer(merges: bool = True) -> Any:
-    """A byte-level BPE with a few merges: characters may span tokens, words may be one."""
+TAGS = ["<Goal>", "</Goal>", "<Path>", "</Path>", "<|end|>"]
+
+
+def byte_tokenizer(merges: bool = True, tags: bool = False) -> Any:
+    """A byte-level BPE with a few merges: characters may span tokens, words may be one; `tags` are special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +34,8 @@ def byte_tokenizer(merges: bool = True) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    if tags:
+        tokenizer.add_special_tokens(TAGS)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -80,10 +85,17 @@ def tiny_model(kind: str = "llama", heads: int = 4, key_heads: int = 2, vocabula
     return model
 
 
-def save_model(folder: Path, kind: str = "llama", **options: Any) -> str:
-    """Write a tiny model with its tokenizer; returns the folder."""
-    tiny_model(kind, **options).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+def save_model(folder: Path, kind: str = "llama", tags: bool = False, **options: Any) -> str:
+    """Write a tiny model with its tokenizer; returns the folder. With `tags` it knows, and says, `TAGS`."""
+    tokenizer = byte_tokenizer(tags=tags)
+    model = tiny_model(kind, **({"vocabulary": len(tokenizer)} | options if tags else options))
+    if tags:
+        import torch
+
+        with torch.no_grad():
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(["<eos>", *TAGS])] *= 4.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 

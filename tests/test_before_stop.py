@@ -68,8 +68,8 @@ def test_where_decoding_drops_a_leading_space(before: str) -> None:
     """As tokenizers of the SentencePiece kind do: what stands before must be decoded along."""
 
     class Stripping(ScriptedEngine):
-        async def decode(self, tokens: Any) -> str:
-            return (await super().decode(tokens)).removeprefix(" ")
+        async def decode(self, tokens: Any, **options: Any) -> str:
+            return (await super().decode(tokens, **options)).removeprefix(" ")
 
     async def program(thread: Thread) -> Thread:
         back = await (await thread.append(before).generate(stop="</t>")).before_stop()

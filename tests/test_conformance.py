@@ -38,7 +38,7 @@ def checked(engine: Engine, **options: Any) -> list[str]:
 
 
 def test_on_the_embedded_model() -> None:
-    assert len(checked(open_engine("demo"))) == 19  # all of them
+    assert len(checked(open_engine("demo"))) == 20  # all of them
 
 
 def test_on_recorded_samples(tmp_path: Path) -> None:
@@ -140,6 +140,11 @@ class DependsOnOthers(Fake):
         return delta
 
 
+class Misspells(Fake):
+    async def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        return (await super().decode(ids)).replace("so", "os")
+
+
 class Nameless(Fake):
     def facts(self) -> dict[str, Any]:
         return {}
@@ -159,6 +164,7 @@ class Nameless(Fake):
         (EndsTwice, "."),
         (NoLogprobs, "0 log-probabilities"),
         (DependsOnOthers, "beside others it says"),
+        (Misspells, "it decodes its tokens to"),
         (Nameless, "do not name the engine"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
@@ -172,3 +178,15 @@ def test_it_finds(kind: type[Fake], message: str, monkeypatch: pytest.MonkeyPatc
 def test_a_prompt_that_the_engine_refuses_is_the_callers_mistake() -> None:
     with pytest.raises(PromptError, match="vocabulary"):
         checked(open_engine("demo"), prompt="What is the capital of France?")
+
+
+def test_a_scripted_engine_with_log_probabilities_of_words_keeps_it() -> None:
+    """It says the likeliest word: one more than the last."""
+
+    def top(context: str, position: int) -> dict[str, float]:
+        count = position % 50
+        return {f" w{count}": -0.1, f" v{count}": -3.0, " $": -4.0}
+
+    engine = ScriptedEngine(top=top)
+    engine.capabilities -= {Capability.SEED}
+    assert {"logprobs", "top_logprobs", "decodes"} <= set(checked(engine))

@@ -105,12 +105,15 @@ def test_generation_stops_at_strings_ids_and_the_end_of_sequence(tiny):
             assert (delta.finish_reason, delta.matched) == ("stop", token)
 
             model = engine._open()[0]
-            model.eos = frozenset([token])
+            model.eos = engine._open()[1].eos = frozenset([token])
             delta = await again()
             assert delta.tokens == free.tokens[: free.tokens.index(token) + 1]
             assert (delta.finish_reason, delta.matched, delta.eos) == ("stop", None, True)
             assert delta.text == decode(delta.tokens[:-1])
-            assert (await again(ignore_eos=True)).tokens == free.tokens
+            goes_on = await again(ignore_eos=True)
+            assert goes_on.tokens == free.tokens
+            assert goes_on.text == decode(free.tokens)  # less the ends of sequence
+            engine._open()[1].eos = frozenset([2])
             assert free.finish_reason == "length"
             assert free.text == decode(free.tokens)
 

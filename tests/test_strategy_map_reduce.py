@@ -285,3 +285,21 @@ def published(text: list[str]) -> list[int]:
         if "</Parallel>" in word:
             frames.pop()
     return at
+
+
+def test_the_same_shape_by_prompting() -> None:
+    """Plan 5 tokens, parts 3 and 4, synthesis 3; on an engine that cannot even continue."""
+    engine = ScriptedEngine(
+        lambda context, _: (
+            "1. first part\n2. second" if "numbered list" in context else " 7 $" if "put them together" in context
+            else " a b c $" if "part 2 only" in context else " a b $"
+        )
+    )  # fmt: skip
+    engine.capabilities -= {Capability.CONTINUE}
+    outcome = play("map_reduce(plan='prompted', paths=2)", engine)
+    assert outcome.answer == "7"
+    plan, first, second, end = (request.node.count("sampled") for request in engine.requests)
+    assert outcome.usage.critical_path_tokens == plan + max(first, second) + end
+    assert outcome.usage.sampled_tokens == plan + first + second + end
+    stopped = play("map_reduce(plan='prompted')", engine, budget=f"sampled_tokens={plan + first + second}")
+    assert stopped.text == "a b\n\na b c"

@@ -44,11 +44,14 @@ class Sampling:
         temperature: 0 is greedy (ties to the lowest id).
         top_k, top_p, min_p: truncations, in this order; 0, 1 and 0 are off.
         max_tokens: most tokens to sample; None: as many as the context has room for.
-        stop: strings that end the generation; the stop string stays in the text.
+        stop: strings that end the generation. They are looked for with special tokens shown, whether the text shows
+            them or not, and stay in the text, which ends with them even if their last token goes on.
         stop_ids: token ids that do the same.
         ignore_eos: go on after the model's end-of-sequence token.
         logprobs: report log-probabilities; engines for which they cost nothing always do.
         top_logprobs: how many alternatives to report per token.
+        skip_special_tokens: leave special tokens out of the text. Models whose tags are special tokens need False. The
+            text of an end-of-sequence token is left out in either case.
     """
 
     temperature: float = 0.0
@@ -61,6 +64,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +252,11 @@ class Engine(abc.ABC):
     context_length: int | None = None
     recorded: bool = False
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a sequence, as far as they are known: complete in process; servers may tell in time."""
+        return frozenset()
+
     async def open(self) -> Self:
         """Load what is loaded once. Optional: the first use does it, but here errors come early.
 
@@ -268,15 +277,15 @@ class Engine(abc.ABC):
     async def encode(self, text: str) -> Span:
         """Text that the orchestrator writes into a thread, as a span of origin `forced`; empty text, empty span."""
 
-    async def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, special tokens skipped; for engines that can `CUT`.
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids that go on after some text; see `Sampling.skip_special_tokens`.
 
         Raises:
-            CapabilityError: the engine does not tell token ids.
+            CapabilityError: the engine knows no ids.
         """
         from orchestra.errors import CapabilityError
 
-        raise CapabilityError(f"{self.name} does not tell token ids; local:PATH and sglang://HOST:PORT do")
+        raise CapabilityError(f"{self.name} cannot decode token ids")
 
     @abc.abstractmethod
     def generate(self, request: Request) -> Stream:

@@ -19,6 +19,7 @@ import orjson
 
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.ends import Ends
 from orchestra.runtime.engine import Capability, Delta, Message, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.openai_wire import Reading
@@ -81,6 +82,7 @@ class OpenAIEngine(RemoteEngine):
         self._limit = "max_tokens"
         self._contexts = Contexts(name, server)
         self._tokens: ServerTokens | None = None
+        self._ends = Ends(self._decode)
         self._facts: dict[str, Any] = {"engine": "openai"}
 
     @property
@@ -205,12 +207,26 @@ class OpenAIEngine(RemoteEngine):
         self._contexts.saw(span.tokens)
         return span
 
-    async def decode(self, tokens: Sequence[int]) -> str:
-        """See `Engine.decode`."""
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """See `Engine.decode`; vLLM always shows special tokens."""
         await self.open()
-        if (known := self._tokens) is None or not self._completes:
-            return await super().decode(tokens)
-        return (await self.server.insist(lambda: known.decode([list(tokens)])))[0]
+        tokens = self._tokens
+        if tokens is None:
+            return await super().decode(ids)
+        said = [token for token in ids if token not in self._ends.ids]
+        return await self.server.insist(lambda: tokens.continuation(said, skip_special=skip_special_tokens))
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `Engine.eos_ids`: learned from generations that end so."""
+        return self._ends.ids
+
+    async def _decode(self, lists: list[list[int]]) -> list[str]:
+        """Texts of lists of ids, special tokens shown."""
+        tokens = self._tokens
+        if tokens is None:
+            raise CapabilityError(f"{self.name} tells no token ids; SGLang and vLLM do")
+        return await self.server.insist(lambda: tokens.decode(lists, skip_special=False))
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""
@@ -261,6 +277,7 @@ class OpenAIEngine(RemoteEngine):
     async def _give_all(self, found: Iterable[tuple[Sample, Delta]], sampling: Sampling) -> None:
         tempered = sampling.temperature not in (0.0, 1.0)
         for sample, delta in found:
+            await self._ends.hide(sample, delta)
             if delta.logprobs and tempered:
                 delta.logprobs = []
             if sampling.logprobs and tempered and self.flavour and delta.finish_reason in ("stop", "length"):
@@ -326,6 +343,8 @@ class OpenAIEngine(RemoteEngine):
             "min_p": sampling.min_p or None,
             "stop_token_ids": list(sampling.stop_ids) or None,
             "ignore_eos": sampling.ignore_eos or None,
+            # Refused elsewhere: a protocol that waits for tags which a server hides would read nonsense.
+            "skip_special_tokens": None if sampling.skip_special_tokens else False,
         }
         if self.flavour:
             extras |= {key: value for key, value in known.items() if value is not None}

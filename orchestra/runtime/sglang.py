@@ -13,13 +13,16 @@ import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from orchestra.errors import EngineError, OrchestraError, PromptError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.ends import Ends
 from orchestra.runtime.engine import Capability, Delta, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events, settle
+from orchestra.runtime.local.detokenize import cut
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_about import About, about
 from orchestra.runtime.sglang_wire import Reading, alternatives, number, settings
@@ -75,6 +78,7 @@ class SGLangEngine(RemoteEngine):
         self._longest_input: int | None = None  # a few tokens below the context
         self._facts: dict[str, Any] = {"engine": "sglang"}
         self._contexts = Contexts(name, server)
+        self._ends = Ends(partial(self._decode, skip_special=False))
         self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
 
     # -- meeting the server ------------------------------------------------------------------------------------------
@@ -89,9 +93,12 @@ class SGLangEngine(RemoteEngine):
             facts = said.facts | {"workers": len(said.workers)}
         self.context_length, self._longest_input = said.context, said.longest
         self._incremental = said.incremental
+        self._ends.know(said.ends)
         if self._tokenizer:
             require("transformers", what="a tokenizer in this process", extra="local")
-            self._tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _NO_LIMIT)
+            tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _NO_LIMIT)
+            self._tokens = tokens
+            self._ends.know([] if tokens.eos is None else [tokens.eos])
         self._facts = facts
 
     async def _meet_worker(self, router: About) -> About:
@@ -134,10 +141,17 @@ class SGLangEngine(RemoteEngine):
         """See `Engine.encode`."""
         return await self._encoded(self._tokens.forced(text), None) if text else Span("forced")
 
-    async def decode(self, tokens: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See `Engine.decode`."""
         await self.open()
-        return (await self._decode([list(tokens)]))[0]
+        said = [token for token in ids if token not in self._ends.ids]
+        work = partial(self._tokens.continuation, said, skip_special=skip_special_tokens)
+        return await self.server.insist(work)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `Engine.eos_ids`: of a model folder that is here too, or of `tokenizer`; else learned."""
+        return self._ends.ids
 
     async def _encoded(self, work: Any, limit: int | None) -> Span:
         await self.open()
@@ -191,6 +205,7 @@ class SGLangEngine(RemoteEngine):
 
     async def _take(self, found: Iterable[tuple[Sample, Delta]], wants_raw: bool) -> None:
         for sample, delta in found:
+            await self._ends.hide(sample, delta)
             if sample.resumed:
                 await self._retell(sample, delta)
             if wants_raw and self._tempered:
@@ -259,6 +274,7 @@ class SGLangEngine(RemoteEngine):
     def _keep(self, call: Call, sample: Sample) -> None:
         reading: Reading | None = call.state
         if reading is not None and (delta := reading.rest(sample)) is not None:
+            self._ends.strip(sample, delta)
             if sample.resumed:
                 delta.text = ""  # told anew when it goes on
             if _wants_raw(sample.request.sampling):
@@ -273,25 +289,36 @@ class SGLangEngine(RemoteEngine):
 
         The server sees what came before the break as prompt: it decodes no character across it, and finds no stop.
         """
-        request = sample.request
+        request, sampling = sample.request, sample.request.sampling
         before = last_ids(request.graph, request.node, _NEIGHBOURS)
-        [whole, start] = await self._decode([before + sample.tokens + delta.tokens, before])
+        if sampling.stop and delta.count and not (delta.finish_reason == "stop" and delta.matched is not None):
+            await self._find_stop(sample, delta, before)
+        said = [token for token in sample.tokens + delta.tokens if token not in self._ends.ids]
+        whole, start = await self._decode([before + said, before], skip_special=sampling.skip_special_tokens)
         text = whole[len(start) :]
-        crossing = [stop for stop in request.sampling.stop if stop in text]
-        if crossing and delta.count and not (delta.finish_reason == "stop" and delta.matched is not None):
-            prefixes = [before + sample.tokens + delta.tokens[:k] for k in range(1, delta.count + 1)]
-            texts = [part[len(start) :] for part in await self._decode(prefixes)]
-            keep, stop = next((k, stop) for k, part in enumerate(texts, 1) for stop in crossing if stop in part)
-            text = texts[keep - 1]
-            for values in (delta.tokens, delta.logprobs, delta.tempered, delta.top):
-                del values[keep:]
-            delta.count, delta.finish_reason, delta.matched, delta.eos = keep, "stop", stop, False
+        if isinstance(delta.matched, str):
+            text = cut("", text, delta.matched)
         if not delta.finish_reason:
             text = text.rstrip("\ufffd")  # a character that is not complete yet
         delta.text = text[len(sample.text) :]
 
-    async def _decode(self, lists: list[list[int]]) -> list[str]:
-        return await self.server.insist(lambda: self._server_tokens.decode(lists))
+    async def _find_stop(self, sample: Sample, delta: Delta, before: list[int]) -> None:
+        """End a delta at the first stop string that it completes."""
+        told = before + sample.tokens
+        new = delta.tokens[: len(delta.tokens) - delta.eos]
+        whole, start = await self._decode([told + new, before], skip_special=False)
+        crossing = [stop for stop in sample.request.sampling.stop if stop in whole[len(start) :]]
+        if not crossing:
+            return
+        texts = await self._decode([told + new[:k] for k in range(1, len(new) + 1)], skip_special=False)
+        found = ((k, stop) for k, text in enumerate(texts, 1) for stop in crossing if stop in text[len(start) :])
+        keep, stop = next(found)
+        for values in (delta.tokens, delta.logprobs, delta.tempered, delta.top):
+            del values[keep:]
+        delta.count, delta.finish_reason, delta.matched, delta.eos = keep, "stop", stop, False
+
+    async def _decode(self, lists: list[list[int]], *, skip_special: bool) -> list[str]:
+        return await self.server.insist(lambda: self._tokens.decode(lists, skip_special=skip_special))
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestra.errors import EngineError, UsageError
+from orchestra.runtime.ends import ends_in
 from orchestra.runtime.http import Fault, Refused, Server
 
 
@@ -19,6 +20,7 @@ class About:
         longest: most tokens of an input, if it says; a few less.
         incremental: whether its streams hold what is new, or all so far.
         workers: URLs of the servers behind it, if it is a router.
+        ends: its model's end-of-sequence ids, if its model is a folder that is here too.
         facts: for the manifest.
     """
 
@@ -27,6 +29,7 @@ class About:
     longest: int | None = None
     incremental: bool = False
     workers: tuple[str, ...] = ()
+    ends: frozenset[int] = frozenset()
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,6 +79,7 @@ async def about(server: Server, name: str, wanted: str = "") -> About:
         longest - 1 if isinstance(longest, int) else None,
         bool(state.get("incremental_streaming_output")),
         await _workers(server) if state.get("router_manager") else (),
+        ends_in(path) if isinstance(path := info.get("model_path"), str) and path.startswith("/") else frozenset(),
         {key: value for key, value in facts.items() if value is not None},
     )
 

@@ -26,7 +26,7 @@ def settings(sampling: Sampling) -> str:
         "min_p": sampling.min_p,
         "ignore_eos": sampling.ignore_eos,
         "no_stop_trim": True,
-        "skip_special_tokens": True,
+        "skip_special_tokens": sampling.skip_special_tokens,
     }
     if sampling.top_k:
         params["top_k"] = sampling.top_k

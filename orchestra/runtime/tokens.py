@@ -13,6 +13,7 @@ from orchestra.errors import EngineError, PromptError
 from orchestra.graph import Edge, Node, Span, ThreadGraph
 from orchestra.runtime.engine import Prompt
 from orchestra.runtime.http import Fault, Refused, Server
+from orchestra.runtime.local.prompts import ANCHOR, Prompts
 
 _KEPT = 4096  # encoded texts: strategies write the same few again and again
 _LARGE_ID = 2**31 - 1
@@ -26,6 +27,12 @@ class Tokens(Protocol):
 
     async def forced(self, text: str) -> Span:
         """Text that the orchestrator writes; see `Engine.encode`."""
+
+    async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
+        """Texts of lists of ids."""
+
+    async def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """Text of ids as it reads after other text: some tokenizers drop a space where a text begins."""
 
 
 class ServerTokens:
@@ -98,6 +105,12 @@ class ServerTokens:
         except (KeyError, TypeError, StopIteration) as error:
             raise Fault("it sent text of another shape") from error
 
+    async def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """See `Tokens.continuation`; tried once."""
+        anchor = await self._ids(ANCHOR, False)
+        whole, start = await self.decode([anchor + ids, anchor], skip_special=skip_special)
+        return whole[len(start) :]
+
     async def _decode_one(self, ids: list[int]) -> str:
         """The same as vLLM has it."""
         answer = await self._server.ask("POST", self._decode, {**self._model, "tokens": ids})
@@ -134,13 +147,17 @@ class LocalTokens:
     Args:
         source: a folder or a Hugging Face id.
         context: length of the model's context.
+
+    Attributes:
+        eos: the id that the tokenizer ends sequences with, if it names one.
     """
 
     def __init__(self, source: str, context: int) -> None:
-        from orchestra.runtime.local.prompts import Prompts
         from orchestra.runtime.local.sources import load_tokenizer
 
-        self._prompts = Prompts(load_tokenizer(source), context)
+        tokenizer = load_tokenizer(source)
+        self._prompts = Prompts(tokenizer, context)
+        self.eos: int | None = tokenizer.eos_token_id
 
     async def prompt(self, prompt: Prompt, template: Mapping[str, Any]) -> Span:
         """A prompt; see `Engine.encode_prompt`."""
@@ -149,6 +166,14 @@ class LocalTokens:
     async def forced(self, text: str) -> Span:
         """Text that the orchestrator writes; see `Engine.encode`."""
         return self._prompts.forced(text)
+
+    async def decode(self, lists: list[list[int]], *, skip_special: bool = True) -> list[str]:
+        """Texts of lists of ids."""
+        return [self._prompts.decode_all(ids, skip_special=skip_special) for ids in lists]
+
+    async def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """See `Tokens.continuation`."""
+        return self._prompts.continuation(ids, skip_special=skip_special)
 
 
 @lru_cache(maxsize=512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestra.strategies.async_think import AsyncThink
 from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, registry, strategy
+from orchestra.strategies.beam_search import BeamSearch
 from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.budget_forcing import BudgetForcing
 from orchestra.strategies.confidence_vote import ConfidenceVote
@@ -19,6 +20,7 @@ from orchestra.strategies.threads import ThreadWeaver
 
 __all__ = [
     "AsyncThink",
+    "BeamSearch",
     "BestOf",
     "BudgetForcing",
     "ConfidenceVote",

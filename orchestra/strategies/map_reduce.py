@@ -12,7 +12,13 @@ from orchestra.protocols import BLOCKS
 from orchestra.runtime.engine import Capability
 from orchestra.strategies.base import Strategy
 from orchestra.strategies.fork_join import ForkJoin
+from orchestra.strategies.prompted_map_reduce import prompted
 from orchestra.thread import Join, Thread
+
+MOST_PATHS = 64
+"""Of a block: nobody has reported more, and a model that has lost its way may ask for thousands."""
+PATHS = 8
+"""Where neither model nor user says."""
 
 
 class MapReduce(Strategy):
@@ -23,19 +29,23 @@ class MapReduce(Strategy):
     by reuse nothing is computed again (Multiverse's lossless reduce). Critical path: the thread's own tokens plus the
     longest path of each block.
 
-    Needs a model that was taught the language.
+    Needs a model that was taught the language, or `plan=prompted`.
 
     Attributes:
+        plan: `model`: the model was taught the language; `prompted`: any model is asked for parts, then for each, then for
+            the answer (`language`, `join` and `stops` do not matter then).
         language: `multiverse`; `multiverse_engine`: with the line breaks of the published engine; `npr`;
             `parallel_r1`; `para_thinker`: whole thoughts from the prompt, then a summary.
         join: `reuse`, `recompute`, or `auto`: as the language was published, reuse where the engine can.
-        paths: most paths of a block; how many there are where the model does not say (`parallel_r1`, `para_thinker`).
+        paths: most paths of a block (64), or parts of a prompted plan (8); how many there are where the model does not
+            say (`parallel_r1`, `para_thinker`: 8).
         path_tokens: most tokens that a path may sample between two stops.
         stops: how often a thread is stopped at a tag; then it is written to its end.
     """
 
-    paper = "Yang et al. 2025, arXiv 2506.09991"
+    paper = "Yang et al. 2025, arXiv 2506.09991; prompted: Ning et al. 2023, arXiv 2307.15337"
 
+    plan: Literal["model", "prompted"] = "model"
     language: Literal["multiverse", "multiverse_engine", "npr", "parallel_r1", "para_thinker"] = "multiverse"
     join: Join = "auto"
     paths: int | None = Field(None, ge=1, le=1024)
@@ -43,12 +53,16 @@ class MapReduce(Strategy):
     stops: int = Field(32, ge=1, le=1024)
 
     def requirements(self) -> frozenset[Capability]:
-        """Continuation; reuse joins, if they are asked for."""
+        """Continuation, and reuse joins if they are asked for; nothing of the prompted form."""
+        if self.plan == "prompted":
+            return super().requirements()
         reuse = {Capability.REUSE_JOIN} if self.join == "reuse" else set()
         return super().requirements() | {Capability.CONTINUE} | reuse
 
     async def __call__(self, thread: Thread) -> Thread | Outcome:
-        """The model's text, with its blocks run."""
+        """The model's text, with its blocks run; prompted, the answer of the last call."""
+        if self.plan == "prompted":
+            return await prompted(thread, parts=self.paths or PATHS, expand_tokens=self.path_tokens)
         language = BLOCKS[self.language]
         how: Join = "recompute" if self.join == "auto" and language.recompute else self.join
         paths = self.paths or (MOST_PATHS if language.plan else PATHS)
@@ -57,9 +71,3 @@ class MapReduce(Strategy):
     def choose(self, candidates: Sequence[Candidate]) -> int:
         """The longest of the unfinished texts."""
         return len(candidates) - 1
-
-
-MOST_PATHS = 64
-"""Of a block: nobody has reported more, and a model that has lost its way may ask for thousands."""
-PATHS = 8
-"""Where neither model nor user says."""

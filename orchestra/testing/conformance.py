@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from orchestra.errors import PromptError
+from orchestra.errors import CapabilityError, PromptError
 from orchestra.graph import Edge, Node, Span, ThreadGraph
 from orchestra.runtime.engine import Capability, Delta, Engine, Load, Request, Sampling, Stream
 from orchestra.testing.laws import CLOSE_CALL
@@ -67,6 +67,7 @@ _CHECKS: dict[str, frozenset[Capability]] = {
     "cancelled_after_the_end": frozenset(),
     "released": frozenset(),
     "too_long": frozenset(),
+    "decodes": frozenset(),
     "stops": frozenset({Capability.CONTINUE}),
     "continues": frozenset({Capability.CONTINUE}),
     "forced_text": frozenset({Capability.CONTINUE}),
@@ -256,6 +257,17 @@ class _Suite:
                 return
             raise AssertionError(f"the refusal of a long prompt does not name the limit: {error}") from error
         raise AssertionError("a prompt longer than the context was not refused with a PromptError")
+
+    async def decodes(self) -> None:
+        """The text of a generation is that of its ids, special tokens shown or not."""
+        for skip in (True, False):
+            try:
+                said = await self.alone(replace(self.sampling, skip_special_tokens=skip))
+                text = await self.engine.decode(said.tokens, skip_special_tokens=skip)
+            except CapabilityError:
+                return
+            assert text == said.text, f"it decodes its tokens to {text!r}, and said {said.text!r}"
+            assert not said.eos or said.tokens[-1] in self.engine.eos_ids, "a sequence ended with none of eos_ids"
 
     async def stops(self) -> None:
         graph = ThreadGraph()

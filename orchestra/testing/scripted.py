@@ -6,7 +6,7 @@ It is a fake, and for state machines only: what a strategy does to a model is te
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from orchestra.graph import Span, ThreadGraph
 from orchestra.runtime.clock import SimulatedClock, Timer
 from orchestra.runtime.engine import Capability, Delta, Engine, Load, Prompt, Request, Stream
 
+Top = Callable[[str, int], Mapping[str, float]]
+"""From the text so far and a token's position on its path to `{word: log-probability}`; `$` is the end of sequence."""
 Script = Callable[[str, tuple[int, ...]], str]
 """From the context's text and the fork path to what the model says; `$` at its end is the end of sequence."""
 
@@ -25,6 +27,7 @@ EOS = "$"
 class _Playing:
     request: Request
     stream: Stream
+    context: str
     words: list[str]
     clock: SimulatedClock
     began: float
@@ -42,6 +45,7 @@ class ScriptedEngine(Engine):
         script: what it says.
         reuse_join: whether it can join by reuse.
         rate: tokens a request says in a simulated second.
+        top: log-probabilities of words; without a script it says the likeliest (the first of equals).
 
     Attributes:
         requests: all requests so far, in order.
@@ -50,13 +54,17 @@ class ScriptedEngine(Engine):
     name = "scripted"
     capabilities = frozenset(Capability) - {Capability.SCORE, Capability.TOP_LOGPROBS}
 
-    def __init__(self, script: Script, *, reuse_join: bool = True, rate: float = 1.0) -> None:
+    def __init__(
+        self, script: Script | None = None, *, reuse_join: bool = True, rate: float = 1.0, top: Top | None = None
+    ) -> None:
         if not reuse_join:
             self.capabilities = self.capabilities - {Capability.REUSE_JOIN}
+        if top is not None:
+            self.capabilities = self.capabilities | {Capability.TOP_LOGPROBS}
         self.requests: list[Request] = []
         self.released: list[ThreadGraph] = []
-        self._script = script
-        self._ids: dict[str, int] = {}
+        self._script, self._top = script, top
+        self._ids: dict[str, int] = {"": 0}  # by word; that of the end is empty
         self._rate = rate
         self._live: list[_Playing] = []
         self._sampled = 0
@@ -64,8 +72,11 @@ class ScriptedEngine(Engine):
 
     def _span(self, origin: Any, text: str) -> Span:
         words = re.findall(r"\s*\S+|\s+$", text)
-        ids = [self._ids.setdefault(word, len(self._ids)) for word in words]
+        ids = [self._id(word) for word in words]
         return Span(origin, ids, len(ids), text)
+
+    def _id(self, word: str) -> int:
+        return self._ids.setdefault("" if word.strip() == EOS else word, len(self._ids))
 
     async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
         """Words of the text, or of the messages one after the other."""
@@ -78,10 +89,15 @@ class ScriptedEngine(Engine):
         """Words."""
         return self._span("forced", text)
 
-    async def decode(self, tokens: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Words."""
-        words = {index: word for word, index in self._ids.items()}
-        return "".join(words[token] for token in tokens)
+        words = list(self._ids)  # ids count up
+        return "".join(words[token] for token in ids)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The one whose word is empty."""
+        return frozenset({0})
 
     def generate(self, request: Request) -> Stream:
         """Play what the script says to this context."""
@@ -89,10 +105,10 @@ class ScriptedEngine(Engine):
         view = {**graph.view(node.context), node.id: len(node)}
         words = {index: word for word, index in self._ids.items()}
         context = "".join(words[token] for n, length in view.items() for token in graph.nodes[n].tokens[:length])
-        reply = re.findall(r"\s*\S+|\s+$", self._script(context, request.path))
+        reply = re.findall(r"\s*\S+|\s+$", self._script(context, request.path)) if self._script else []
         clock = self.clock(graph)
         stream = Stream(lambda: self._cancel(playing), request.chunk)
-        playing = _Playing(request, stream, reply, clock, clock.now())
+        playing = _Playing(request, stream, context, reply, clock, clock.now())
         self.requests.append(request)
         self._live.append(playing)
         self._wait(playing)
@@ -130,12 +146,21 @@ class ScriptedEngine(Engine):
     def _next(self, playing: _Playing) -> Delta:
         sampling = playing.request.sampling
         word = playing.words[playing.said] if playing.said < len(playing.words) else EOS
+        top: Mapping[str, float] = {}
+        if self._top is not None:
+            node = playing.request.node
+            before = node.start + len(node) - node.count("sampled") + playing.said
+            top = self._top(playing.context + playing.text, before)
+            word = word if self._script else max(top, key=lambda word: top[word])
         eos = word.endswith(EOS)
         text = "" if eos and word.strip() == EOS else word.removesuffix(EOS)
         playing.said += 1
         self._sampled += 1
         playing.text += text
-        delta = Delta([self._ids.setdefault(text, len(self._ids))], 1, text, [-1.0], eos=eos and not text)
+        delta = Delta([self._id(text)], 1, text, [top.get(word, -1.0)], eos=eos and not text)
+        if self._top is not None and sampling.top_logprobs:
+            best = sorted(top, key=lambda word: -top[word])[: sampling.top_logprobs]
+            delta.top = [{self._id(word): top[word] for word in best}]
         delta.matched = next((stop for stop in sampling.stop if stop in playing.text), None)
         if eos or delta.matched is not None:
             delta.finish_reason = "stop"

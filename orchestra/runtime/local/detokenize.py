@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
-"""Ids to text, special tokens skipped."""
+"""Ids to text."""
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT = 6
@@ -46,14 +46,29 @@ class Detokenizer:
 
 
 class Finder:
-    """Looks for stop strings in text that arrives in pieces."""
+    """Looks for stop strings in text that arrives in pieces.
 
-    __slots__ = ("_keep", "_stops", "_tail")
+    Args:
+        stops: what to look for.
+        text: where pieces come from when ids are pushed: special tokens can complete a stop string, hidden or not.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Attributes:
+        keep: characters before a piece that can be part of a stop string.
+    """
+
+    __slots__ = ("_stops", "_tail", "_text", "keep")
+
+    def __init__(self, stops: Sequence[str], text: Detokenizer | None = None) -> None:
         self._stops = stops
-        self._keep = max(map(len, stops)) - 1
+        self.keep = max(map(len, stops)) - 1
         self._tail = ""
+        self._text = text
+
+    def push(self, ids: Sequence[int]) -> str | None:
+        """Feed the text of ids."""
+        assert self._text is not None
+        piece = self._text.push(ids)
+        return self.feed(piece) if piece else None
 
     def feed(self, piece: str) -> str | None:
         """The stop string that is completed first by this piece, the longest of those that end together."""
@@ -61,8 +76,15 @@ class Finder:
         ends = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             return min(ends)[2]
-        self._tail = text[-self._keep :] if self._keep else ""
+        self._tail = text[-self.keep :] if self.keep else ""
         return None
+
+
+def cut(before: str, piece: str, stop: str) -> str:
+    """`piece`, which comes after `before`, up to the end of the stop string; all of it where that does not show."""
+    tail = before[1 - len(stop) :] if len(stop) > 1 else ""
+    at = (tail + piece).find(stop)
+    return piece if at < 0 else piece[: at + len(stop) - len(tail)]
 
 
 class Endings:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -88,7 +89,7 @@ class LocalEngine(Engine):
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
                 model = load_model(self.source, self.dtype, self.device)
-                self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint)
+                self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
                 self._worker = Worker(Scheduler(model, *self._scheduling))
             return self._model, self._prompts, self._worker
@@ -103,10 +104,15 @@ class LocalEngine(Engine):
         await self.open()
         return self._open()[1].forced(text)
 
-    async def decode(self, tokens: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See `Engine.decode`."""
         await self.open()
-        return self._open()[1].decode(list(tokens))
+        return self._open()[1].continuation(list(ids), skip_special=skip_special_tokens)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """See `Engine.eos_ids`; known once the engine is open."""
+        return frozenset() if self._model is None else self._model.eos
 
     def generate(self, request: Request) -> Stream:
         """See `Engine.generate`."""
@@ -143,12 +149,14 @@ class LocalEngine(Engine):
         if not sampling.ignore_eos:
             ends.update(dict.fromkeys(model.eos, (None, True)))
         ends.update({token: (token, False) for token in sampling.stop_ids})
-        stops = tuple(stop for stop in sampling.stop if stop not in prompts.special)
-        # Text of special tokens is never decoded, so such a stop string is looked for by its id.
-        ends.update({prompts.special[stop]: (stop, False) for stop in sampling.stop if stop in prompts.special})
-        endings = None
-        if stops:
-            endings = self._endings.get(stops) or self._endings.setdefault(stops, Endings(prompts.decode, stops))
+        decode = partial(prompts.decode, skip_special=sampling.skip_special_tokens)
+        before_it = forced or _last_tokens(graph, before)
+        endings = finder = None
+        if stops := sampling.stop:
+            endings = self._endings.get(stops) or self._endings.setdefault(stops, Endings(prompts.decode_all, stops))
+            finder = Finder(stops, Detokenizer(prompts.decode_all, before_it))
+            # Who stops at the end of sequence by its name means that token, and not that the model has ended.
+            ends.update({token: (text, False) for token in model.eos if (text := prompts.decode_all([token])) in stops})
         return Job(
             graph,
             snapshots,
@@ -162,8 +170,8 @@ class LocalEngine(Engine):
             stream,
             asyncio.get_running_loop(),
             request.chunk or _CHUNK,
-            Detokenizer(prompts.decode, forced or _last_tokens(graph, before)),
-            Finder(stops) if stops else None,
+            Detokenizer(decode, before_it),
+            finder,
         )
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from orchestra.graph import ThreadGraph
 from orchestra.runtime.engine import Delta, Sampling, Stream
-from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
+from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
 from orchestra.runtime.local.segments import Memory, Segment, Slab
 
 View = dict[int, int]
@@ -122,7 +122,7 @@ class Job:
         forced: tokens of the node that were there before the generation.
         fed: how many of the node's tokens have keys and values in the slot.
         sampled: how many tokens were drawn; `sent` of them have been delivered, `shown` were decoded.
-        piece: text not delivered yet.
+        piece: text not delivered yet; `told` is the end of the text that was.
         logprobs, top: of the tokens not delivered yet.
         cached: context tokens that were on the engine when the job came.
         done: it has ended; nothing more may be sent.
@@ -154,6 +154,7 @@ class Job:
     sent: int = 0
     shown: int = 0
     piece: str = ""
+    told: str = ""
     logprobs: list[float] = field(default_factory=list)
     top: list[Mapping[int, float]] = field(default_factory=list)
     cached: int = 0
@@ -167,12 +168,12 @@ class Job:
         if top is not None and self.sampling.top_logprobs:
             self.top.append(top)
         end = self.ends.get(token)
-        if end is not None:
-            return self.finish("stop", *end)
-        if self.endings is not None and token in self.endings:
+        if self.endings is not None and token in self.endings and (end is None or not end[1]):
             matched = self._show()
             if matched is not None:
                 return self.finish("stop", matched)
+        if end is not None:
+            return self.finish("stop", *end)
         if self.sampled == self.limit:
             return self.finish("length")
         if self.sampled - self.sent < self.chunk:
@@ -183,20 +184,24 @@ class Job:
     def finish(self, reason: str | None, matched: str | int | None = None, eos: bool = False) -> Delta:
         """The last delta: everything that is left."""
         self.done = True
-        self._show(last=True, drop=int(eos))
+        self._show(last=True)
         return self._delta(reason, matched, eos)
 
-    def _show(self, last: bool = False, drop: int = 0) -> str | None:
+    def _show(self, last: bool = False) -> str | None:
         """Decode what is pending; returns the stop string that it completes."""
-        ids = self.state.tokens[self.forced + self.shown : self.forced + self.sampled - drop]
+        ids = self.state.tokens[self.forced + self.shown : self.forced + self.sampled]
         self.shown = self.sampled
-        text = self.detokenizer.push(ids, last)
-        self.piece += text
-        return self.finder.feed(text) if self.finder is not None and text else None
+        self.piece += self.detokenizer.push(ids, last)
+        matched = self.finder.push(ids) if self.finder is not None and not last else None
+        if matched is not None:
+            self.piece = cut(self.told, self.piece, matched)
+        return matched
 
     def _delta(self, reason: str | None = None, matched: str | int | None = None, eos: bool = False) -> Delta:
         tokens = self.state.tokens[self.forced + self.sent : self.forced + self.sampled]
         delta = Delta(tokens, len(tokens), self.piece, self.logprobs, self.top, reason, matched, eos, self.cached)
+        if self.finder is not None and self.finder.keep:
+            self.told = (self.told + self.piece)[-self.finder.keep :]
         self.sent, self.piece, self.logprobs, self.top, self.cached = self.sampled, "", [], [], 0
         return delta
 

@@ -14,6 +14,11 @@ from orchestra.runtime.local.jobs import Context, Job, NodeState, Score
 from orchestra.runtime.local.segments import Memory, Slab
 
 Ints = npt.NDArray[np.int64]
+Reads = tuple[torch.Tensor, torch.Tensor]
+
+SHORT_BYTES = 128 * 1024
+"""Segments of at most so many bytes of a layer are copied into one for the rows that read them all: a thread that
+grows by single tokens is a chain of them, and each separate read costs as much as copying a megabyte."""
 
 
 class Pack:
@@ -35,6 +40,7 @@ class Pack:
         self.filled: dict[NodeState, tuple[int, int]] = {}
         self.computed = self.scratch = 0
         self.plan = Plan(0, kernel=kernel)
+        self._short = SHORT_BYTES * memory.layers // memory.token_bytes
         self._tokens: list[Ints] = []
         self._positions: list[Ints] = []
         self._echoes: dict[tuple[NodeState, int], int] = {}
@@ -126,13 +132,18 @@ class Pack:
         return row
 
     def groups(self) -> list[Shared]:
-        """The shared reads, one for each segment and length."""
-        found = []
+        """The shared reads: one for each segment and length, one for all short segments that the same rows read."""
+        found: list[tuple[tuple[int, ...], Reads]] = []
+        short: dict[tuple[int, ...], list[Reads]] = {}
         for (state, length), rows in self._groups.items():
-            keys, values = state.reads(length)
-            index = torch.tensor(rows, device=self.memory.device)
-            found.append(Shared(index, keys, values))
-        return found
+            if length > self._short or state in self.filled:  # what this step writes cannot be copied before it
+                found.append((tuple(rows), state.reads(length)))
+            else:
+                short.setdefault(tuple(rows), []).append(state.reads(length))
+        for readers, parts in short.items():
+            keys, values = zip(*parts, strict=True)
+            found.append((readers, parts[0] if len(parts) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))))
+        return [Shared(torch.tensor(rows, device=self.memory.device), *reads) for rows, reads in found]
 
     def finish(self, shared: list[Shared]) -> tuple[torch.Tensor, torch.Tensor]:
         """Complete the plan; returns tokens and positions, `[rows]` each."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from orchestra.errors import PromptError
@@ -11,6 +13,10 @@ from orchestra.runtime.engine import Prompt
 OTHERS = "other engines: local:PATH_OR_ID, sglang://HOST:PORT, openai://HOST:PORT/v1?model=NAME"
 
 
+ANCHOR = "a"
+"""A text for others to stand after."""
+
+
 class Prompts:
     """Encodes for one model.
 
@@ -18,27 +24,40 @@ class Prompts:
         tokenizer: a Hugging Face tokenizer.
         context: most tokens that the model takes.
         hint: appended to the error for words outside the vocabulary.
-
-    Attributes:
-        special: text of special tokens to their ids; `decode` skips them.
+        eos: ids that end a sequence; they have no text.
     """
 
-    def __init__(self, tokenizer: Any, context: int, hint: str = "") -> None:
+    def __init__(self, tokenizer: Any, context: int, hint: str = "", eos: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._context = context
         self._hint = f" ({hint})" if hint else ""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self._backend = backend if hasattr(backend, "decode") else None
-        ids, texts = self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens
-        self.special: dict[str, int] = dict(zip(texts, ids, strict=True))
+        self.eos = frozenset(eos)
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens skipped, nothing cleaned up."""
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """Text of ids, nothing cleaned up; ends of sequence have none, special tokens if they are not skipped."""
+        if not self.eos.isdisjoint(ids):
+            ids = [token for token in ids if token not in self.eos]
+        return self.decode_all(ids, skip_special=skip_special)
+
+    def decode_all(self, ids: list[int], *, skip_special: bool = False) -> str:
+        """Text of ids, ends of sequence included."""
         if self._backend is not None:  # the Python layer above it costs ten times as much
-            text: str = self._backend.decode(ids, skip_special_tokens=True)
+            text: str = self._backend.decode(ids, skip_special_tokens=skip_special)
         else:
-            text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
+
+    def continuation(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """Text of ids as it reads after other text: some tokenizers drop a space where a text begins."""
+        anchor = self._anchor
+        whole = self.decode([*anchor, *ids], skip_special=skip_special)
+        return whole[len(self.decode(anchor, skip_special=skip_special)) :]
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self._ids(ANCHOR, False)
 
     def prompt(self, prompt: Prompt, **template: Any) -> Span:
         """A prompt; see `Engine.encode_prompt`."""
