@@ -61,7 +61,7 @@ def alphabet(name: str) -> list[str]:
         outline = f"<{language.outline}>1: a</{language.outline}><{language.outline}>2: b</{language.outline}>"
         opened = f"<{language.block}>" if language.block else ""
         whole += [f"{opened}<{language.plan}>{outline}</{language.plan}>"] * 2
-        whole += [f"{opened}<{language.plan}>" + outline * 300 + f"</{language.plan}>"]
+        whole += [f"{opened}<{language.plan}>" + outline * 40 + f"</{language.plan}>"]
     if name == "async_think":
         whole += ["<FORK-1>what?</FORK-1>", "<JOIN-1>", "<FORK-2>what?</FORK-2>", "<JOIN-2>"]
     halves = [tag[: len(tag) // 2] for tag in tags] + [tag[len(tag) // 2 :] for tag in tags]

@@ -32,8 +32,8 @@ class MapReduce(Strategy):
     Needs a model that was taught the language, or `plan=prompted`.
 
     Attributes:
-        plan: `model`: the model was taught the language; `prompted`: any model is asked for parts, then for each, then for
-            the answer (`language`, `join` and `stops` do not matter then).
+        plan: `model`: the model was taught the language; `prompted`: any model is asked for parts, then for each, then
+            for the answer (`language`, `join` and `stops` do not matter then).
         language: `multiverse`; `multiverse_engine`: with the line breaks of the published engine; `npr`;
             `parallel_r1`; `para_thinker`: whole thoughts from the prompt, then a summary.
         join: `reuse`, `recompute`, or `auto`: as the language was published, reuse where the engine can.
