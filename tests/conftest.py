@@ -130,7 +130,10 @@ def tiny(make_model: Callable[..., str]) -> str:
 
 @pytest.fixture(scope="session")
 def speaker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a small Llama that speaks the plays of `plays.py`; trained once, then kept in pytest's cache."""
+    """The folder of a small Llama that speaks the plays of `plays.py`; trained once, then kept in pytest's cache.
+
+    Beside it, in `special`, is the same model with its tags as special tokens.
+    """
     from speaker import build
 
     cache = getattr(request.config, "cache", None)

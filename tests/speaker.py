@@ -1,7 +1,7 @@
 """A small Llama that speaks the languages of the strategies: trained here, on plays, until it knows them by heart.
 
 A play is first rehearsed: its strategy runs on a scripted engine that has the model's tokenizer, so that the graph of
-the rehearsal is, token by token, the one that an engine makes of a model that says the same. `flatten` makes training
+the rehearsal is, token by token, the one that an engine makes with a model that says the same. `flatten` makes training
 rows of these graphs: the model is trained on exactly what it will be served, reuse joins included.
 
 `python tests/speaker.py` trains one and says how it went.
@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,117 +22,19 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
-from conftest import byte_tokenizer
 from plays import PLAYS, TAGS, Play
+from rehearsal import BOS, CONTEXT, EOS, PAD, VOCABULARY, rehearse, tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-import orchestra
-from orchestra.graph import Span
-from orchestra.outcome import Outcome
-from orchestra.runtime.engine import Delta, Engine, Prompt, Request, Stream
-from orchestra.runtime.local.detokenize import Detokenizer, Finder
 from orchestra.runtime.local.prompts import Prompts
-from orchestra.testing.scripted import EOS as SCRIPTED_EOS
-from orchestra.testing.scripted import Script, ScriptedEngine, _Playing
 from orchestra.training.flatten import Row, dense_mask, flatten
 
-CONTEXT, VOCABULARY, BOS, EOS, PAD = 2048, 320, 1, 2, 0
 HIDDEN, LAYERS, HEADS, KEY_HEADS = 96, 2, 4, 2
 MARGIN = 3.0
 """Least distance between the two largest logits of what it has learned: no engine's rounding makes it say more."""
-SEED, RATE, EPOCHS, BATCH_TOKENS = 1, 4e-3, 400, 2048
-
-
-def tokenizer(*, special: bool = False) -> Any:
-    """Bytes, and the tags as tokens of their own.
-
-    Args:
-        special: whether the tags are special tokens, which decoding skips unless told otherwise.
-    """
-    made = byte_tokenizer(merges=False)
-    if special:
-        made.add_special_tokens({"additional_special_tokens": list(TAGS)})
-    else:
-        made.add_tokens([tokenizers.AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    assert len(made) <= VOCABULARY, f"{len(made)} tokens; make VOCABULARY larger"
-    return made
-
-
-# -- rehearsal ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Reciting(_Playing):
-    ids: Sequence[int] = ()
-    detokenizer: Any = None
-    finder: Any = None
-
-
-class Rehearsal(ScriptedEngine):
-    """A scripted engine that says tokens of the speaker's tokenizer, one a simulated second, and ends as engines do."""
-
-    name = "rehearsal"
-
-    def __init__(self, script: Script) -> None:
-        super().__init__(script)
-        self._prompts = Prompts(tokenizer(), CONTEXT)
-
-    async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
-        return self._prompts.prompt(prompt, **template)
-
-    async def encode(self, text: str) -> Span:
-        return self._prompts.forced(text)
-
-    def generate(self, request: Request) -> Stream:
-        graph, node, stops = request.graph, request.node, request.sampling.stop
-        view = {**graph.view(node.context), node.id: len(node)}
-        context = [token for n, length in view.items() for token in graph.nodes[n].tokens[:length]]
-        said = self._script(self._prompts.decode(context), request.path).removesuffix(SCRIPTED_EOS)
-        clock = self.clock(graph)
-        stream = Stream(lambda: self._cancel(playing), request.chunk)
-        playing = _Reciting(
-            request,
-            stream,
-            [],
-            clock,
-            clock.now(),
-            ids=[*self._prompts.forced(said).tokens, EOS],
-            detokenizer=Detokenizer(self._prompts.decode, context),
-            finder=Finder(stops) if stops else None,
-        )
-        self.requests.append(request)
-        self._live.append(playing)
-        self._wait(playing)
-        return stream
-
-    def _next(self, playing: Any) -> Delta:
-        sampling, token = playing.request.sampling, playing.ids[playing.said]
-        playing.said += 1
-        self._sampled += 1
-        eos, full = token == EOS, playing.said == sampling.max_tokens
-        text = playing.detokenizer.push([] if eos else [token], eos or full)
-        delta = Delta([token], 1, text, [-1.0], eos=eos)
-        if token in sampling.stop_ids:
-            delta.matched = token
-        elif playing.finder is not None and text:
-            delta.matched = playing.finder.feed(text)
-        delta.finish_reason = "stop" if eos or delta.matched is not None else "length" if full else None
-        return delta
-
-
-async def perform(engine: Engine, play: Play) -> Outcome:
-    """Run a play on an engine, greedily."""
-    async with orchestra.connect(engine) as connection:
-        return await connection.run(play.strategy, play.prompt, temperature=0, **play.settings)
-
-
-def rehearse(play: Play) -> Outcome:
-    """The outcome of a play: what it is with a model that says just what the script says."""
-    return orchestra.run(play.strategy, play.prompt, engine=Rehearsal(play.script), temperature=0, **play.settings)
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
+SEED, RATE, EPOCHS, BATCH_TOKENS = 2, 2.5e-3, 300, 1200
+KEPT_SECONDS = 7 * 24 * 3600.0
 
 
 def rows_of(plays: Sequence[Play]) -> list[Row]:
@@ -310,6 +213,10 @@ def build(cache: Path, plays: Sequence[Play] = PLAYS, *, special: bool = False) 
             ours.rename(folder)
         except OSError:  # another session was faster
             shutil.rmtree(ours)
+        for other in cache.iterdir():  # of earlier plays, or left by a session that was killed
+            with suppress(FileNotFoundError):
+                if other.stat().st_mtime < time.time() - KEPT_SECONDS:
+                    shutil.rmtree(other, ignore_errors=True)
     return folder / ("special" if special else "plain")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import speaker as recipe
 from conftest import started
 from plays import PLAYS, TAGS, Play, after
-from speaker import MARGIN, batches, build, margin, perform, rehearse, rows_of
+from rehearsal import BOS, EOS, perform, rehearse
+from speaker import MARGIN, batches, build, margin, rows_of
 
 from orchestra import Thread, strategy
 from orchestra.graph import Node, ThreadGraph
@@ -125,10 +127,10 @@ def test_it_knows_its_plays_by_a_margin(speaker: str) -> None:
 def test_a_rehearsal_ends_as_engines_do() -> None:
     graph = rehearse(NAMED["spawn_join"]).graph
     prompt = graph.nodes[0].tokens
-    assert (prompt[0], len(prompt)) == (recipe.BOS, 1 + len("numbers: 3 7 8 12 target: 55"))
+    assert (prompt[0], len(prompt)) == (BOS, 1 + len("numbers: 3 7 8 12 target: 55"))
     turns = [node for node in graph.nodes if node.count("sampled")]
     # The parent's first turn ends by a stop string, the others by the end-of-sequence token.
-    assert [turn.tokens[-1] == recipe.EOS for turn in turns] == [False, True, True, True, True]
+    assert [turn.tokens[-1] == EOS for turn in turns] == [False, True, True, True, True]
     assert turns[0].text.endswith(" join:")
     assert rehearse(NAMED["cut"]).finish_reason == "length"
 
@@ -145,7 +147,7 @@ def test_a_join_leaves_out_the_end_of_sequence() -> None:
     assert [(edge.length, len(graph.nodes[edge.parent])) for edge in graph.nodes[-1].context] == [(2, 3), (3, 4)]
     graph = rehearse(Play("", ended(how="recompute"), "?", script)).graph
     assert graph.nodes[-1].text == "axbyycz"
-    assert graph.nodes[-1].tokens.count(recipe.EOS) == 1
+    assert graph.nodes[-1].tokens.count(EOS) == 1
 
 
 def test_plays_that_contradict_each_other_are_named() -> None:
@@ -170,6 +172,8 @@ def test_two_sessions_may_build_at_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     other: list[Path] = []
     monkeypatch.setattr(recipe, "train", slow)
+    (tmp_path / "making-old").mkdir()
+    os.utime(tmp_path / "making-old", (0, 0))
     assert build(tmp_path, plays) == other[0] == build(tmp_path, plays)
     assert len(trained) == 2
     assert [entry.name for entry in tmp_path.iterdir()] == [other[0].parent.name]
