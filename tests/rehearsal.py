@@ -69,6 +69,7 @@ class Rehearsal(ScriptedEngine):
         playing = _Reciting(
             request,
             stream,
+            "",
             [],
             clock,
             clock.now(),
