@@ -84,6 +84,12 @@ def test_a_trace_falls_at_the_first_full_group_below_the_floor(given: list[float
     assert confidence.fell == (at is not None)
 
 
+def test_the_bottom_is_a_tenth_of_the_groups() -> None:
+    confidence = Confidence(1)
+    confidence.watch(delta(*(float(7 * i % 41) for i in range(1, 41))))  # 1 to 40 in some order
+    assert confidence.measure("bottom") == pytest.approx((1 + 2 + 3 + 4) / 4)
+
+
 def test_sliding_sums_do_not_drift() -> None:
     """Equal tokens: no group is lower than another, after however many."""
     confidence = Confidence(7, floor=0.1)
@@ -158,6 +164,14 @@ def test_those_without_an_answer_neither_vote_nor_take_a_place() -> None:
     script = says(([2, 2], "a"), ([9, 9], "none"), ([4, 4], "b"))
     outcome = run("confidence_vote(samples=3, keep=0.1, window=2, measure='mean')", engine=Sure(script))
     assert votes(outcome) == [("a", 0), (None, 0), ("b", pytest.approx(11 / 5))]
+    script = says(([5, 5], "a"), ([9, 9], "none"), ([4, 4], "b"), ([9, 9], "none"))
+    outcome = run("confidence_vote(samples=4, keep=0.5, window=2, measure='mean')", engine=Sure(script))
+    assert votes(outcome) == [
+        ("a", pytest.approx(13 / 5)),
+        (None, 0),
+        ("b", 0),
+        (None, 0),
+    ]  # one of two, not two of four
     none = run("confidence_vote(samples=3)", engine=Sure(says(([2], "none"))))
     assert (none.answer, len(none.candidates)) == (None, 3)
 

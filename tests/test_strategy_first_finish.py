@@ -145,6 +145,8 @@ def test_stop_strings_of_the_run_and_of_the_drafts_hold_too() -> None:
         ({}, "first_finish(samples=1, until='thinking', drafts=sample(stop=['END']))"),
     ]:
         assert run(spec, script, **settings).text == " t t t t </think> s END"
+    in_thinking = run("first_finish(samples=1, until='thinking')", script, stop=["t t"])
+    assert (in_thinking.text, in_thinking.usage.requests) == (" t t", 1)
     assert run("first_finish(samples=1, until='thinking')", script, stop="</think>").usage.requests == 2
 
 
