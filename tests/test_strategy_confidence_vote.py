@@ -171,7 +171,7 @@ def test_those_without_an_answer_neither_vote_nor_take_a_place() -> None:
         (None, 0),
         ("b", 0),
         (None, 0),
-    ]  # one of two, not two of four
+    ]  # one of two
     none = run("confidence_vote(samples=3)", engine=Sure(says(([2], "none"))))
     assert (none.answer, len(none.candidates)) == (None, 3)
 
