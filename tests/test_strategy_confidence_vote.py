@@ -277,17 +277,17 @@ async def watched(thread: Thread, samples: int) -> Outcome:
 
 def test_the_embedded_model_is_stopped_where_its_confidence_falls() -> None:
     """Against the same samples drawn whole: the same fork paths and seed give the same tokens."""
-    settings = {"prompt": PROMPT, "temperature": 2.0, "seed": 3, "max_tokens": 260}
+    settings = {"prompt": PROMPT, "temperature": 2.0, "seed": 3, "max_tokens": 400}
     whole = run(watched(samples=12), engine=open_engine("demo"), **settings).candidates
-    spec = "confidence_vote(samples=12, warmup=4, batch=8, window=16, keep=0.5, consensus=1)"
+    spec = "confidence_vote(samples=12, warmup=6, batch=6, window=16, keep=0.5, consensus=1)"
     candidates = run(spec, engine=open_engine("demo"), **settings).candidates
     seen = [json.loads(candidate.answer or "") for candidate in whole]
-    floor = quantile([min(groups(confidences, 16)) for confidences in seen[:4]], 0.5)
+    floor = quantile([min(groups(confidences, 16)) for confidences in seen[:6]], 0.5)
     late = []
     for index, (candidate, full, confidences) in enumerate(zip(candidates, whole, seen, strict=True)):
         means = groups(confidences, 16) if len(confidences) >= 16 else []
         falls = next((i + 16 for i, mean in enumerate(means) if mean < floor - 1e-3), None)
-        if falls is None or index < 4:
+        if falls is None or index < 6:
             assert candidate.text == full.text
             continue
         assert candidate.weight == 0

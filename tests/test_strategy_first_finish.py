@@ -213,7 +213,7 @@ def least_of(n: int, mean: float, deviation: float) -> float:
 def test_the_winner_of_normal_lengths_takes_what_theory_says(tmp_path: Path) -> None:
     """And the paper's mu - sigma sqrt(2 ln n) is below it: it is what large n come to."""
     assert least_of(2, 0, 1) == pytest.approx(-1 / math.sqrt(math.pi), abs=1e-6)
-    source, runs, mean, deviation = random.Random(1), 400, 10_000, 2000
+    source, runs, mean, deviation = random.Random(1), 200, 10_000, 2000
     items = [[(round(source.gauss(mean, deviation)), str(i)) for i in range(16)] for _ in range(runs)]
     for n in (4, 16):
         outcomes = replayed(tmp_path / f"{n}.jsonl", f"first_finish(samples={n})", items)
