@@ -83,12 +83,20 @@ def test_greedy_text_is_that_of_the_in_process_engine(sglang_server, form: str, 
     assert any(asyncio.run(main())), "every one of them met a close call"
 
 
+SHORTEST = "first_finish(samples=4, first=2, until='thinking', thinking_end='=')"
+SURE = "confidence_vote(samples=6, warmup=3, batch=3, window=16, keep=0.5, consensus=1)"
+MUST_NOT = {
+    SGLANG: ["first_finish(samples=4)", "self_consistency(samples=3)", "spawn_join", SHORTEST, SURE],
+    OPENAI: ["first_finish(samples=4)", "self_consistency(samples=3)", "spawn_join", SHORTEST],
+}
+
+
 @pytest.mark.parametrize("form", [SGLANG, OPENAI])
 def test_what_a_strategy_must_not_do(sglang_server, form: str) -> None:
     async def main() -> None:
         engine = opened(form, sglang_server)
         try:
-            for spec in ("first_finish(samples=4)", "self_consistency(samples=3)", "spawn_join"):
+            for spec in MUST_NOT[form]:
                 await check_strategy(engine, spec, PROMPT, temperature=0.9, max_tokens=60)
         finally:
             await engine.close()
@@ -188,7 +196,7 @@ def test_the_losers_of_first_finish_search_stop_with_the_winner(sglang_server) -
     async def main() -> list[int]:
         engine, late = opened(SGLANG, sglang_server), []
         async with orchestra.connect(engine) as connection:
-            for seed in range(3):
+            for seed in range(4):
                 outcome = await connection.run(FirstFinish(samples=8, drafts=uneven()), PROMPT, seed=seed)
                 counts = [n.count("sampled") for n in outcome.graph.nodes if n.finish_reason == "cancelled"]
                 assert (len(counts), outcome.usage.critical_path_tokens) == (7, 60)
@@ -198,9 +206,7 @@ def test_the_losers_of_first_finish_search_stop_with_the_winner(sglang_server) -
         return late
 
     late = asyncio.run(main())
-    print(late)
-    assert min(late) <= 12
-    assert max(late) <= 80
+    assert min(late) <= 8  # a busy machine may hear late of one race, not of all
     assert asyncio.run(idle(sglang_server))
 
 

@@ -84,6 +84,12 @@ def test_a_trace_falls_at_the_first_full_group_below_the_floor(given: list[float
     assert confidence.fell == (at is not None)
 
 
+def test_the_bottom_is_a_tenth_of_the_groups() -> None:
+    confidence = Confidence(1)
+    confidence.watch(delta(*(float(7 * i % 41) for i in range(1, 41))))  # 1 to 40 in some order
+    assert confidence.measure("bottom") == pytest.approx((1 + 2 + 3 + 4) / 4)
+
+
 def test_sliding_sums_do_not_drift() -> None:
     """Equal tokens: no group is lower than another, after however many."""
     confidence = Confidence(7, floor=0.1)
@@ -158,6 +164,14 @@ def test_those_without_an_answer_neither_vote_nor_take_a_place() -> None:
     script = says(([2, 2], "a"), ([9, 9], "none"), ([4, 4], "b"))
     outcome = run("confidence_vote(samples=3, keep=0.1, window=2, measure='mean')", engine=Sure(script))
     assert votes(outcome) == [("a", 0), (None, 0), ("b", pytest.approx(11 / 5))]
+    script = says(([5, 5], "a"), ([9, 9], "none"), ([4, 4], "b"), ([9, 9], "none"))
+    outcome = run("confidence_vote(samples=4, keep=0.5, window=2, measure='mean')", engine=Sure(script))
+    assert votes(outcome) == [
+        ("a", pytest.approx(13 / 5)),
+        (None, 0),
+        ("b", 0),
+        (None, 0),
+    ]  # one of two
     none = run("confidence_vote(samples=3)", engine=Sure(says(([2], "none"))))
     assert (none.answer, len(none.candidates)) == (None, 3)
 
@@ -181,6 +195,13 @@ def test_later_samples_are_stopped_when_a_group_falls_below_the_threshold() -> N
     assert [candidate.finish_reason for candidate in outcome.candidates].index("cancelled") == 4
     assert outcome.answer == "a"  # 2.25 + 3 + 2.5
     assert outcome.usage.critical_path_tokens == 6 + 7 + 9  # warmup, then two batches of two
+
+
+def test_what_rounding_sets_apart_is_equal() -> None:
+    """The same tokens in another batch come out with other last bits: here 3.00001 against 3."""
+    script = says(*[([3.00001] * 4, answer) for answer in "aabb"], ([3.0] * 4, "b"), ([2.9] * 4, "c"))
+    outcome = run("confidence_vote(samples=6, warmup=4, window=4)", engine=Sure(script))
+    assert [weight > 0 for _, weight in votes(outcome)] == [True] * 5 + [False]
 
 
 def test_sampling_ends_when_the_answers_agree() -> None:
@@ -256,15 +277,15 @@ async def watched(thread: Thread, samples: int) -> Outcome:
 
 def test_the_embedded_model_is_stopped_where_its_confidence_falls() -> None:
     """Against the same samples drawn whole: the same fork paths and seed give the same tokens."""
-    settings = {"prompt": PROMPT, "temperature": 2.0, "seed": 3, "max_tokens": 150}
-    whole = run(watched(samples=18), engine=open_engine("demo"), **settings).candidates
-    spec = "confidence_vote(samples=18, warmup=6, batch=6, window=16, keep=0.5, consensus=1)"
+    settings = {"prompt": PROMPT, "temperature": 2.0, "seed": 3, "max_tokens": 400}
+    whole = run(watched(samples=12), engine=open_engine("demo"), **settings).candidates
+    spec = "confidence_vote(samples=12, warmup=6, batch=6, window=16, keep=0.5, consensus=1)"
     candidates = run(spec, engine=open_engine("demo"), **settings).candidates
     seen = [json.loads(candidate.answer or "") for candidate in whole]
-    floor = quantile([min(groups(given, 16)) for given in seen[:6]], 0.5)
+    floor = quantile([min(groups(confidences, 16)) for confidences in seen[:6]], 0.5)
     late = []
-    for index, (candidate, full, given) in enumerate(zip(candidates, whole, seen, strict=True)):
-        means = groups(given, 16) if len(given) >= 16 else []
+    for index, (candidate, full, confidences) in enumerate(zip(candidates, whole, seen, strict=True)):
+        means = groups(confidences, 16) if len(confidences) >= 16 else []
         falls = next((i + 16 for i, mean in enumerate(means) if mean < floor - 1e-3), None)
         if falls is None or index < 6:
             assert candidate.text == full.text
