@@ -80,8 +80,8 @@ def row(all_at_once: Summary, alone: Summary) -> str:
     """One line of the table."""
     s = all_at_once
     return (
-        f"| `{s.strategy}` | {s.items} | {100 * (s.accuracy or 0):.1f} ± {100 * (s.stderr or 0):.1f} | {s.sampled_tokens:,.0f} "
-        f"| {s.critical_path_tokens:,.0f} | {alone.wall_seconds:.2f} |"
+        f"| `{s.strategy}` | {s.items} | {100 * (s.accuracy or 0):.1f} ± {100 * (s.stderr or 0):.1f} "
+        f"| {s.sampled_tokens:,.0f} | {s.critical_path_tokens:,.0f} | {alone.wall_seconds:.2f} |"
     )
 
 
