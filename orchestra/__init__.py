@@ -10,6 +10,7 @@ from orchestra.outcome import Candidate, Outcome, Usage
 from orchestra.run import Event
 from orchestra.spec import parse_budget, parse_strategy
 from orchestra.strategies import (
+    BeamSearch,
     BestOf,
     FirstFinish,
     Sample,
@@ -23,6 +24,7 @@ from orchestra.thread import Thread, Threads
 __version__ = "0.1.0"
 
 __all__ = [
+    "BeamSearch",
     "BestOf",
     "Budget",
     "Candidate",
