@@ -9,7 +9,8 @@ from engines import WARM, opened, root
 from orchestra.errors import PromptError
 from orchestra.graph import Edge, ThreadGraph
 from orchestra.runtime.engine import Sampling
-from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
+from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
+from orchestra.runtime.local.prompts import Prompts
 from orchestra.testing.graphs import generate
 
 
@@ -134,3 +135,32 @@ def test_context_length_ends_generations_and_refuses_prompts(make_model):
                 await engine.encode_prompt("x" * 30)
 
     asyncio.run(main())
+
+
+def test_text_that_goes_on_keeps_the_space_that_a_beginning_loses():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "▁a", "▁world", "s"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    prompts = Prompts(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), 10, eos=[1])
+    assert prompts.decode([3, 4]) == "worlds"
+    assert prompts.continuation([3, 4, 1]) == " worlds"
+    assert prompts.continuation([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "piece", "stop", "left"),
+    [
+        ("", "abc", "b", "ab"),
+        ("xa", "bc", "ab", "b"),
+        ("xa", "bc", "abc", "bc"),
+        ("ab", "c", "ab", "c"),  # a stop in front of the piece is no stop in it
+        ("", "abc", "z", "abc"),
+    ],
+)
+def test_a_text_is_cut_where_its_stop_string_ends(before, piece, stop, left):
+    assert cut(before, piece, stop) == left

@@ -159,7 +159,9 @@ def test_a_chat_answer_is_continued_only_where_the_server_can() -> None:
     assert (second["continue_final_message"], second["add_generation_prompt"]) == (True, False)
 
 
-@pytest.mark.parametrize("setting", [{"top_k": 5}, {"min_p": 0.1}, {"ignore_eos": True}, {"stop_ids": [3]}])
+@pytest.mark.parametrize(
+    "setting", [{"top_k": 5}, {"min_p": 0.1}, {"ignore_eos": True}, {"stop_ids": [3]}, {"skip_special_tokens": False}]
+)
 def test_settings_that_such_a_server_does_not_have_are_refused(setting: dict[str, Any]) -> None:
     name = {"stop_ids": "stop_token_ids"}.get(key := next(iter(setting)), key)
     for prompt in (MESSAGES, "x"):

@@ -201,9 +201,10 @@ def test_it_stops_when_the_best_cannot_be_beaten(spec: str, sampled: int, texts:
 
 
 def test_a_text_that_ends_below_the_width_is_dropped() -> None:
-    """In the second step a$ is third of the options: be and ac go on, and nothing has ended yet."""
-    table = {**GREEDY_IS_WRONG, "a": {" c": 0.4, " $": 0.35, " d": 0.25}}
-    assert likelihoods(run(model(table), "beam_search(width=2, alpha=0)")) == [(" b e", 0.36), (" a c", 0.24)]
+    """In the second step the order is a$ .33, ac .27, b$ .24, be .16: b$ is third, and no beam of two."""
+    table = {**GREEDY_IS_WRONG, "a": {" $": 0.55, " c": 0.45}, "b": {" $": 0.6, " e": 0.4}}
+    outcome = run(model(table), "beam_search(width=2, alpha=0, stop_when='width')")
+    assert likelihoods(outcome) == [(" a", 0.33), (" a c", 0.27)]
 
 
 def test_a_limit_ends_what_still_grows() -> None:
@@ -219,7 +220,8 @@ def test_a_group_pays_for_what_the_groups_before_it_took(diversity: float, texts
     table = {**GREEDY_IS_WRONG, "go": {" a": 0.6, " b": 0.3, " c": 0.1}, "a": {" c": 0.6, " d": 0.2, " $": 0.2}}
     outcome = run(model(table), f"beam_search(width=2, groups=2, diversity={diversity}, alpha=0)")
     assert [c.text for c in outcome.candidates] == texts
-    assert outcome.candidates[0].logprob == pytest.approx(math.log(0.36)), "what it paid is not in its score"
+    chances = [math.exp(c.logprob or 0.0) for c in outcome.candidates]
+    assert chances == pytest.approx([0.36, 0.27 if diversity == 1 else 0.36]), "what it paid is not in its score"
     assert outcome.usage.sampled_tokens == sampled
     assert outcome.usage.critical_path_tokens == 3
 
@@ -232,7 +234,8 @@ def test_what_a_budget_leaves_is_the_best_so_far() -> None:
         assert outcome.usage.sampled_tokens <= limit
     late = run(model(GREEDY_IS_WRONG), "beam_search(width=2)", budget="wall_seconds=2.5")
     assert (late.stopped_by, late.text) == ("wall_seconds", " a"), "told after the first step, and then every 16"
-    done = run(model(ENDS_AT_ONCE), "beam_search(width=2, stop_when='width')", budget="sampled_tokens=3")
+    table = {**GREEDY_IS_WRONG, "a": {" $": 0.55, " c": 0.45}}  # be .36 goes on, a$ .33 has ended
+    done = run(model(table), "beam_search(width=2, alpha=0)", budget="sampled_tokens=3")
     assert (done.text, done.finish_reason) == (" a", "stop"), "one that has ended comes before all that grow"
 
 
