@@ -97,10 +97,10 @@ class Rehearsal(ScriptedEngine):
         return delta
 
 
-async def perform(engine: Engine, play: Play) -> Outcome:
+async def perform(engine: Engine, play: Play, **settings: Any) -> Outcome:
     """Run a play on an engine, greedily."""
     async with orchestra.connect(engine) as connection:
-        return await connection.run(play.strategy, play.prompt, temperature=0, **play.settings)
+        return await connection.run(play.strategy, play.prompt, temperature=0, **play.settings, **settings)
 
 
 def rehearse(play: Play) -> Outcome:

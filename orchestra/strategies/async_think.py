@@ -60,6 +60,7 @@ class AsyncThink(Strategy):
 
     async def _organise(self, thread: Thread, pool: _Pool) -> Thread:
         reader = ASYNC_THINK.reader()
+        thread = thread.using(skip_special_tokens=False)
         if self.instruct:
             (thread,) = thread.spawn([followed_by(thread.prompt, INSTRUCTIONS.format(workers=self.workers))])
         for left in reversed(range(self.stops + 1)):

@@ -38,6 +38,7 @@ class ForkJoin:
 
     async def run(self, thread: Thread) -> Thread:
         """The text of a thread, from where it stands."""
+        thread = thread.using(skip_special_tokens=False)  # the tags of published checkpoints are special
         reader = self.language.reader()
         if not self.language.trigger:  # nobody asks: the paths begin at once
             thread, _ = await self._fork(thread, reader, Fork(), 0, self.total)
