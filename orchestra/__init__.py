@@ -27,7 +27,8 @@ from orchestra.strategies import (
     ThreadWeaver,
     strategy,
 )
-from orchestra.thread import Thread, Threads
+from orchestra.thread import Thread
+from orchestra.threads import Threads
 
 __version__ = "0.1.0"
 

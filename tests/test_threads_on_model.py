@@ -12,7 +12,7 @@ from orchestra import Outcome, Thread, strategy
 from orchestra.errors import PromptError
 from orchestra.runtime.connect import open_engine
 from orchestra.testing import check_parity
-from orchestra.thread import Threads
+from orchestra.threads import Threads
 
 PROMPT = "numbers: 3 7 8 12 target: 54"
 

@@ -14,7 +14,8 @@ from orchestra.errors import BudgetExceeded
 from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Capability, Delta
 from orchestra.strategies.base import Strategy
-from orchestra.thread import Thread, Threads
+from orchestra.thread import Thread
+from orchestra.threads import Threads
 
 _NEWS = 16  # steps between two times that the best growing beam is told to whoever may have to stop the search
 

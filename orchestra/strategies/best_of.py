@@ -18,7 +18,8 @@ from orchestra.strategies.scorers import MeanLogprob, Reward, Scorer, ScorerFiel
 from orchestra.strategies.scorers.base import tell
 from orchestra.strategies.scorers.reward import RewardFunction
 from orchestra.strategies.voting import same_answer
-from orchestra.thread import Thread, Threads
+from orchestra.thread import Thread
+from orchestra.threads import Threads
 
 HOT_TEMPERATURE = 0.7
 """Of the samples that hedge a greedy one."""

@@ -13,7 +13,8 @@ from orchestra.runtime.engine import Capability
 from orchestra.strategies.confidence import Confidence, Measure, quantile
 from orchestra.strategies.sampling import Samples, SamplingStrategy
 from orchestra.strategies.voting import majority, tally
-from orchestra.thread import Thread, Threads
+from orchestra.thread import Thread
+from orchestra.threads import Threads
 
 Trace = tuple[Candidate, Confidence]
 

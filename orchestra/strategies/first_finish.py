@@ -11,7 +11,8 @@ from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Capability
 from orchestra.strategies.sampling import Samples, SamplingStrategy
 from orchestra.strategies.voting import majority
-from orchestra.thread import Thread, Threads
+from orchestra.thread import Thread
+from orchestra.threads import Threads
 
 
 class FirstFinish(SamplingStrategy):

@@ -9,7 +9,8 @@ from pydantic import Field
 from orchestra.outcome import Candidate, Outcome
 from orchestra.strategies.base import Strategy, StrategyField
 from orchestra.strategies.sample import Sample
-from orchestra.thread import Thread, Threads
+from orchestra.thread import Thread
+from orchestra.threads import Threads
 
 MAX_SAMPLES = 4096  # more than anyone has reported; a typing error should not order a million generations
 DRAFT_TEMPERATURE = 0.6
