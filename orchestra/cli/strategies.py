@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,7 +32,7 @@ def command(
     if name is None:
         console.print(_overview("strategy", strategies))
         console.print(_overview("scorer (of best_of)", scorers))
-        console.print("[dim]`orchestra strategies NAME` explains one, with its parameters.[/dim]")
+        console.print("[dim]`orchestra strategies NAME` explains one, and what its parameters mean.[/dim]")
         return
     console.print(*_named(name, strategies, scorers), sep="\n")
 
@@ -59,6 +59,8 @@ def _overview(heading: str, kinds: Mapping[str, type[Named]]) -> Table:
         lines = [Text(re.split(r"[.;] |\.$", _summary(kind))[0] + ".")]
         if needs := _needs(kind):
             lines[0].append(f" Needs {needs}.", "yellow")
+        if parameters := [parameter for parameter, _ in _parameters(kind)]:
+            lines.append(Text(", ".join(parameters), "green"))
         if kind.paper:
             lines.append(Text(kind.paper, "dim"))
         table.add_row(name, Text("\n").join(lines))
@@ -72,19 +74,11 @@ def _about(kind: type[Named]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    said: dict[str, str] = {}
-    for base in kind.__mro__:
-        said = said | {k: v for k, v in attributes(inspect.cleandoc(base.__doc__ or "")).items() if k not in said}
-    order = list(said)  # as the docstrings have it, the own one first
     parameters = Table.grid(padding=(0, 2))
     parameters.add_column(style="green", no_wrap=True)
     parameters.add_column()
-    known = kind.model_fields.items()
-    for name, field in sorted(known, key=lambda item: order.index(item[0]) if item[0] in said else len(order)):
-        if field.exclude:
-            continue  # Python only: a spec cannot hold it
-        default = "" if field.is_required() else f"={_spec(field.get_default(call_default_factory=True))}"
-        parameters.add_row(Text(name + default), field.description or said.get(name, ""))
+    for parameter, meaning in _parameters(kind):
+        parameters.add_row(Text(parameter), Text(meaning))
     parts: list[RenderableType] = [Text(f"{kind.name} ({kind.kind})", "bold cyan"), Text(_summary(kind))]
     if parameters.row_count:
         parts.append(Padding(parameters, (0, 0, 0, 2)))
@@ -92,6 +86,19 @@ def _about(kind: type[Named]) -> Group:
     if kind.paper:
         parts.append(Text(f"paper: {kind.paper}", "dim"))
     return Group(*parts)
+
+
+def _parameters(kind: type[Named]) -> Iterator[tuple[str, str]]:
+    """Each parameter with its default, and what it means; in the order of the docstrings, the own one first."""
+    said: dict[str, str] = {}
+    for base in kind.__mro__:
+        said = said | {k: v for k, v in attributes(inspect.cleandoc(base.__doc__ or "")).items() if k not in said}
+    order = list(said)
+    known = kind.model_fields.items()
+    for name, field in sorted(known, key=lambda item: order.index(item[0]) if item[0] in said else len(order)):
+        if not field.exclude:  # else Python only: a spec cannot hold it
+            default = "" if field.is_required() else f"={_spec(field.get_default(call_default_factory=True))}"
+            yield name + default, field.description or said.get(name, "")
 
 
 def _summary(kind: type[Named]) -> str:
