@@ -66,6 +66,15 @@ ASYNC = {
     "\n\n6 * 7": " 6 * 5 and 6 * 2 make 30 + 12, so <RETURN>42</RETURN>",
 }
 
+IMPROVED = {"7?": " 41, I think\nanswer: 41", "anew.": " No: 42.\nanswer: 42", "at its end.": " It is 42.\nanswer: 42"}
+PARTS = {
+    "nothing else.": "1. tens\n2. ones",
+    "others do the rest: tens": " 40",
+    "others do the rest: ones": " 2",
+    "complete answer.": " 40 and 2.\nanswer: 42",
+}
+JUDGED = {"9?": " 54\nanswer: 54", "Response 2: NUMBER": " Equal.\nResponse 1: 7\nResponse 2: 7"}
+
 SCRIPTS: list[tuple[str, str, str, Script]] = [
     ("multiverse", "map_reduce(join='reuse')", "Sum, product of 6, 7?", multiverse()),
     ("multiverse_recompute", "map_reduce(join='recompute')", "Sum and product, 6 and 7?", multiverse()),
@@ -77,5 +86,9 @@ SCRIPTS: list[tuple[str, str, str, Script]] = [
     ("async_think", "async_think", "Both of 6 and 7?", by_path(ASYNC, {})),
     ("async_think_alone", "async_think(workers=1, shared=false)", "Both of 6, 7?",
      by_path(ASYNC | {"6 + 7": "<RETURN>13</RETURN>", "6 * 7": " 30 + 12, so <RETURN>42</RETURN>"}, {})),
+    ("refine", "refine(rounds=1)", "What is 6 * 7?", by_path(IMPROVED, {})),
+    ("pdr", "pdr(widths=[2], distiller='random_k', k=1)", "What is 6 x 7?", by_path(IMPROVED, {})),
+    ("prompted", "map_reduce(plan='prompted')", "What is 6 by 7?", by_path(PARTS, {})),
+    ("judged", "best_of(samples=2, scorer=judge(samples=1, temperature=0))", "What is 6 * 9?", by_path(JUDGED, {})),
 ]  # fmt: skip
 """Name, strategy, prompt and the model's part."""

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from orchestra.outcome import Candidate, Outcome
+from orchestra.spec import EngineAlias
 from orchestra.strategies import distillers
 from orchestra.strategies.base import Strategy, StrategyField
 from orchestra.strategies.sample import Sample
@@ -49,11 +50,10 @@ class Pdr(Strategy):
     distiller: Literal["global_summary", "shared_top_k", "per_sample_top_k", "random_k"] = "per_sample_top_k"
     k: int = Field(2, ge=1, le=256)
     workspace_tokens: int = Field(4096, ge=1)
-    engine: str = ""
+    engine: EngineAlias = ""
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Draft, distil, and draft again; the last draft is the result."""
-        thread.spawn([], self.engine or None)  # a wrong alias is an error now, not after a round
         opened = await thread.opened()
         drafting = thread.using(temperature=DRAFT_TEMPERATURE)
         last: list[Candidate] = []

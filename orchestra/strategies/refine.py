@@ -8,6 +8,7 @@ from pydantic import Field
 
 from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Prompt
+from orchestra.spec import EngineAlias
 from orchestra.strategies.base import Strategy, StrategyField
 from orchestra.strategies.prompts import followed_by
 from orchestra.strategies.sample import Sample
@@ -34,11 +35,10 @@ class Refine(Strategy):
     critique: bool = False
     patience: int | None = Field(None, ge=1)
     drafts: StrategyField = Field(default_factory=Sample)
-    engine: str = ""
+    engine: EngineAlias = ""
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Answer, then refine; the last answer is the result."""
-        thread.spawn([], self.engine or None)  # a wrong alias is an error now, not after a round
         opened = await thread.opened()
         drawn: list[Candidate] = []
         previous, unchanged = "", 0
