@@ -54,6 +54,10 @@ WRONG = [
     (["run", PROMPT, "-s", "sample("], "does not parse"),
     (["run", PROMPT, "-s", ""], "does not parse"),
     (["run", PROMPT, "-e", "warp:9"], "unknown engine 'warp'"),
+    (["run", PROMPT, "--alias", "judge"], "NAME=URL"),
+    (["run", PROMPT, "--alias", "judge=demo", "--alias", "judge=demo"], "twice"),
+    (["run", PROMPT, "--alias", "judge=warp:9"], "unknown engine 'warp'"),
+    (["run", PROMPT, "-s", "pdr(engine='j')", "--alias", "judge=demo"], "unknown engine alias 'j'"),
     (["run", PROMPT, "-e", "demo?colour=red"], "unknown engine parameter 'colour'"),
     (["run", PROMPT, "-e", "sglang:"], "sglang://HOST:PORT"),
     (["run", PROMPT, "-e", "sglang://me:secret@127.0.0.1:1"], "holds no key"),
@@ -284,6 +288,21 @@ def test_eval_writes_a_run_folder_and_goes_on(orchestra: Main, tmp_path: Path) -
     code, out, err = orchestra(*words, "--limit", "5", "--seed", "1")
     assert (code, out) == (2, "")
     assert "seed 0 there, 1 here" in err
+
+
+def test_judges_live_on_engines_of_their_own(orchestra: Main, tmp_path: Path, tiny: str) -> None:
+    spec = "best_of(samples=2, scorer=judge(engine='judge', samples=1))"
+    judge = ["-s", spec, "--alias", f"judge=local:{tiny}", "--max-tokens", 20]
+    code, out, _ = orchestra("run", PROMPT, "--json", *judge)
+    assert code == 0
+    assert json.loads(out)["usage"]["requests"] == 3  # two drafts, one judgement
+    line = ["eval", "countdown", "--limit", 2, "--out", tmp_path / "run", "-s", spec, "--max-tokens", 20]
+    assert orchestra(*line, "--alias", f"judge=local:{tiny}")[0] == 0
+    records = read_records(tmp_path / "run")
+    assert [record.usage.requests for record in records] == [3, 3]
+    code, _, err = orchestra(*line, "--alias", "judge=demo")
+    assert code == 2
+    assert "engines" in err
 
 
 def test_eval_within_a_critical_path(orchestra: Main, tmp_path: Path) -> None:

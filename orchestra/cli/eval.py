@@ -30,6 +30,7 @@ def command(
     task: Annotated[str, typer.Argument(metavar="TASK", help="`orchestra tasks` lists them.")],
     strategy: options.Strategy = "sample",
     engine: options.Engine = "demo",
+    alias: options.Alias = None,
     level: Annotated[str | None, typer.Option(help="Difficulty.", show_default="the task's first")] = None,
     split: Annotated[str | None, typer.Option(help="Set of items.", show_default="the task's first")] = None,
     repeats: Annotated[int | None, typer.Option(help="Samples an item.", min=1, show_default="the task's")] = None,
@@ -51,7 +52,8 @@ def command(
     from orchestra.spec import parse_budget, parse_strategy
 
     options.check_sampling(seed, temperature, top_p)
-    options.quiet(engine)
+    engines = options.engines(alias)
+    options.quiet(engine, *engines.values())
     parsed = parse_strategy(strategy)
     if budget:
         parse_budget(budget)
@@ -61,6 +63,7 @@ def command(
         parameters=dict(loaded.parameters),
         strategy=parsed.to_spec(),
         engine=engine,
+        engines=engines,
         limit=loaded.file.items if limit is None else limit,
         repeats=loaded.file.repeats if repeats is None else repeats,
         seed=seed,
@@ -86,7 +89,7 @@ async def _evaluate(task: Task, plan: Plan, folder: Path, concurrency: int) -> N
 
     items = task.items(plan.limit)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    async with orchestra.connect(plan.engine) as connection:
+    async with orchestra.connect(plan.engine, plan.engines) as connection:
         with RunStore(folder, manifest_of(plan, connection.engine)) as store:
             stored = len(store.records)
             if stored:

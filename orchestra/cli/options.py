@@ -15,6 +15,15 @@ _ENGINE = "Engine URL; `orchestra engines` lists the forms."
 
 Strategy = Annotated[str, typer.Option("--strategy", "-s", metavar="SPEC", help=_STRATEGY)]
 Engine = Annotated[str, typer.Option("--engine", "-e", metavar="URL", help=_ENGINE)]
+Alias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alias",
+        metavar="NAME=URL",
+        help="A further engine for strategies that name one, as in judge(engine='NAME'). Repeatable.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Everything random follows from it.", min=0)]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. Default: the strategy's own.", min=0, max=100, show_default=False)
@@ -27,6 +36,23 @@ Budget = Annotated[
         metavar="SPEC", help="Limits of a run, as in 'critical_path_tokens=384,wall_seconds=10'.", show_default=False
     ),
 ]
+
+
+def engines(alias: list[str] | None) -> dict[str, str]:
+    """The engines of `--alias` options, by name.
+
+    Raises:
+        UsageError: one is not NAME=URL, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in alias or ():
+        name, equals, url = text.partition("=")
+        if not (name.isidentifier() and equals and url):
+            raise UsageError(f"--alias is NAME=URL, as in judge=sglang://127.0.0.1:30001, not {text!r}")
+        if name in found:
+            raise UsageError(f"--alias names {name!r} twice")
+        found[name] = url
+    return found
 
 
 def check_sampling(seed: int, temperature: float | None, top_p: float) -> None:
@@ -56,12 +82,11 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}")
 
 
-def quiet(engine: str) -> None:
-    """Keep transformers from writing between our lines. Call it before an engine is opened.
+def quiet(*engines: str) -> None:
+    """Keep transformers from writing between our lines. Call it before engines are opened.
 
     What the user set in the environment wins, and a model that has to be downloaded keeps its progress bar.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    model = engine.partition("?")[0].removeprefix("local:")
-    if engine.startswith("demo") or Path(model).is_dir():
+    if all(url.startswith("demo") or Path(url.partition("?")[0].removeprefix("local:")).is_dir() for url in engines):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

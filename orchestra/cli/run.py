@@ -21,6 +21,7 @@ def command(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")],
     strategy: options.Strategy = "sample",
     engine: options.Engine = "demo",
+    alias: options.Alias = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.", show_default=False)] = None,
     seed: options.Seed = 0,
     temperature: options.Temperature = None,
@@ -40,7 +41,8 @@ def command(
     options.check_sampling(seed, temperature, top_p)
     if json and live:
         raise UsageError("choose one of --json and --live")
-    options.quiet(engine)
+    engines = options.engines(alias)
+    options.quiet(engine, *engines.values())
     if trace is not None:
         options.check_writable(trace)
     if prompt == "-":
@@ -55,7 +57,7 @@ def command(
         "max_tokens": max_tokens,
         "budget": parse_budget(budget) if budget else None,
     }
-    outcome = asyncio.run(_run(parse_strategy(strategy), engine, messages, settings, live))
+    outcome = asyncio.run(_run(parse_strategy(strategy), engine, engines, messages, settings, live))
     if trace is not None:
         try:
             trace.write_text(outcome.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -67,10 +69,12 @@ def command(
         _show(outcome, with_text=not live)
 
 
-async def _run(strategy: Any, url: str, prompt: Prompt, settings: dict[str, Any], live: bool) -> Outcome:
+async def _run(
+    strategy: Any, url: str, engines: dict[str, str], prompt: Prompt, settings: dict[str, Any], live: bool
+) -> Outcome:
     import orchestra
 
-    async with orchestra.connect(url) as connection:
+    async with orchestra.connect(url, engines) as connection:
         if not live:
             return await connection.run(strategy, prompt, **settings)
         from rich.console import Console

@@ -84,6 +84,7 @@ class Plan(BaseModel):
         parameters: what determines its items.
         strategy: spec string.
         engine: URL; another URL of the same model may go on with the run.
+        engines: URLs of further engines by alias.
         limit: number of items.
         repeats: samples an item.
         seed: all samples' seeds are derived from it.
@@ -97,6 +98,7 @@ class Plan(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
     strategy: str
     engine: str = "demo"
+    engines: dict[str, str] = Field(default_factory=dict)
     limit: int
     repeats: int = 1
     seed: int = 0
