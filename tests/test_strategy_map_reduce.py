@@ -303,3 +303,10 @@ def test_the_same_shape_by_prompting() -> None:
     assert outcome.usage.sampled_tokens == plan + first + second + end
     stopped = play("map_reduce(plan='prompted')", engine, budget=f"sampled_tokens={plan + first + second}")
     assert stopped.text == "a b\n\na b c"
+
+
+def test_when_a_budget_ends_in_a_later_turn_its_text_is_there_too() -> None:
+    """Plan 7, paths 2 + 3: of 14 tokens the conclusion gets two."""
+    outcome = play("map_reduce", SIMPLE, budget="sampled_tokens=14")
+    assert outcome.stopped_by == "sampled_tokens"
+    assert outcome.text.endswith("<Conclusion> sum</Conclusion></Parallel> answer:")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
 from orchestra.group import Future
-from orchestra.outcome import Candidate, Outcome
+from orchestra.outcome import Outcome
 from orchestra.protocols.async_think import ASYNC_THINK, MOST_WORKERS
 from orchestra.protocols.base import Branch
 from orchestra.runtime.engine import Capability
-from orchestra.strategies.base import Strategy, StrategyField
+from orchestra.strategies.base import StrategyField
+from orchestra.strategies.one_thread import OneThread, turn
 from orchestra.strategies.prompts import alike, followed_by
 from orchestra.strategies.sample import Sample
 from orchestra.thread import Thread
@@ -24,7 +23,7 @@ worker that was joined can be forked again. At the end give your answer."""
 """What `instruct` adds to the prompt."""
 
 
-class AsyncThink(Strategy):
+class AsyncThink(OneThread):
     """An organiser forks workers without waiting, and joins them when it needs them (AsyncThink).
 
     It writes `<FORK-i>sub-query</FORK-i>` and goes on at once while a worker begins; where it writes `<JOIN-i>` it gets
@@ -64,8 +63,7 @@ class AsyncThink(Strategy):
         if self.instruct:
             (thread,) = thread.spawn([followed_by(thread.prompt, INSTRUCTIONS.format(workers=self.workers))])
         for left in reversed(range(self.stops + 1)):
-            thread = await thread.generate(stop=ASYNC_THINK.stops(MOST_WORKERS) if left else [])
-            thread.offer(thread.candidate())
+            thread = await turn(thread, stop=ASYNC_THINK.stops(MOST_WORKERS) if left else ())
             fork = reader.feed(thread.generated)
             if thread.matched is None:
                 break
@@ -77,10 +75,6 @@ class AsyncThink(Strategy):
                 reader.feed(said)
                 thread = thread.append(said)
         return thread
-
-    def choose(self, candidates: Sequence[Candidate]) -> int:
-        """The longest of the unfinished texts."""
-        return len(candidates) - 1
 
 
 class _Pool:

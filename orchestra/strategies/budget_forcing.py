@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from pydantic import Field
 
-from orchestra.outcome import Candidate
 from orchestra.runtime.engine import Capability
-from orchestra.strategies.base import Strategy
-from orchestra.thread import BudgetCut, Thread
+from orchestra.strategies.one_thread import OneThread, turn
+from orchestra.thread import Thread
 
 
-class BudgetForcing(Strategy):
+class BudgetForcing(OneThread):
     """One generation whose thinking is as long as it is told to be: it is ended after `thinking_tokens`, and where the
     model would end it itself it is told to wait, up to `extensions` times. Greedy unless a temperature is given.
 
@@ -42,28 +38,13 @@ class BudgetForcing(Strategy):
         """Think, again if told so, then answer."""
         left, extended = self.thinking_tokens, 0
         while True:
-            thread = await self._generate(thread, stop=self.end, max_tokens=left)
+            thread = await turn(thread, stop=self.end, max_tokens=left)
             left = None if left is None else left - thread.sampled_tokens
             if thread.matched != self.end or extended == self.extensions or (left is not None and left < 1):
                 break
             thread, extended = (await thread.before_stop()).append(self.wait), extended + 1
         if thread.matched == self.end:
-            return await self._generate(thread)
+            return await turn(thread)
         if thread.finish_reason == "stop" and not extended:
             return thread  # it does not think, and has answered
-        return await self._generate(thread.append(f"\n{self.end}{self.cue}"))
-
-    async def _generate(self, thread: Thread, **sampling: Any) -> Thread:
-        """Generate, and offer what there is of it."""
-        try:
-            grown = await thread.generate(**sampling)
-        except BudgetCut as cut:
-            if cut.thread is not thread:  # else there was nothing left to begin with
-                thread.offer(cut.thread.candidate())
-            raise
-        thread.offer(grown.candidate())
-        return grown
-
-    def choose(self, candidates: Sequence[Candidate]) -> int:
-        """The last: all are one and the same thread."""
-        return len(candidates) - 1
+        return await turn(thread.append(f"\n{self.end}{self.cue}"))

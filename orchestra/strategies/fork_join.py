@@ -8,6 +8,7 @@ from orchestra.group import gather
 from orchestra.protocols.base import Branch, Fork
 from orchestra.protocols.block_reader import BlockReader
 from orchestra.protocols.blocks import Blocks
+from orchestra.strategies.one_thread import turn
 from orchestra.thread import Join, Thread
 
 
@@ -47,12 +48,12 @@ class ForkJoin:
     async def _follow(self, thread: Thread, reader: BlockReader, depth: int, left: int, path_end: str = "") -> Thread:
         """Turns of a thread and the blocks between them, to the end of the text, or of the path that it is in."""
         trigger = self.language.trigger if depth < self.language.nested else ""
-        for turn in range(self.stops + 1):
-            asks = trigger if left and turn < self.stops else ""
+        for stopped in range(self.stops + 1):
+            asks = trigger if left and stopped < self.stops else ""
             stop = [tag for tag in (asks, path_end) if tag]
-            thread = await thread.generate(stop=stop, max_tokens=self.path_tokens if path_end else None)
-            if not depth:
-                thread.offer(thread.candidate())
+            limit = self.path_tokens if depth else None
+            generate = Thread.generate if depth else turn  # paths by themselves are no result
+            thread = await generate(thread, stop=stop, max_tokens=limit)
             fork = reader.feed(thread.generated)
             if thread.matched is None or reader.ended:
                 break

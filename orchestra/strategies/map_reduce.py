@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from orchestra.outcome import Candidate, Outcome
+from orchestra.outcome import Outcome
 from orchestra.protocols import BLOCKS
 from orchestra.runtime.engine import Capability
-from orchestra.strategies.base import Strategy
 from orchestra.strategies.fork_join import ForkJoin
+from orchestra.strategies.one_thread import OneThread
 from orchestra.strategies.prompted_map_reduce import prompted
 from orchestra.thread import Join, Thread
 
@@ -21,7 +20,7 @@ PATHS = 8
 """Where neither model nor user says."""
 
 
-class MapReduce(Strategy):
+class MapReduce(OneThread):
     """The model plans parallel paths and concludes from all of them (Multiverse).
 
     It writes a plan with outlines and stops; a path is forked for each, whose header is forced; all run side
@@ -67,7 +66,3 @@ class MapReduce(Strategy):
         how: Join = "recompute" if self.join == "auto" and language.recompute else self.join
         paths = self.paths or (MOST_PATHS if language.plan else PATHS)
         return await ForkJoin(language, how, paths, self.path_tokens, self.stops).run(thread)
-
-    def choose(self, candidates: Sequence[Candidate]) -> int:
-        """The longest of the unfinished texts."""
-        return len(candidates) - 1

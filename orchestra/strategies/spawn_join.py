@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
-from orchestra.outcome import Candidate
 from orchestra.protocols import apr
 from orchestra.runtime.engine import Capability
-from orchestra.strategies.base import Strategy
+from orchestra.strategies.one_thread import OneThread, turn
 from orchestra.thread import Thread
 
 
-class SpawnJoin(Strategy):
+class SpawnJoin(OneThread):
     """The model spawns children that search alone and report (APR).
 
     The parent writes a list of children and stops; all children run side by side, each with its own line and the
@@ -39,8 +36,7 @@ class SpawnJoin(Strategy):
         """Parent turns and child rounds, until the parent answers."""
         parent = thread.append(apr.header(self.children))
         for left in reversed(range(self.rounds + 1)):
-            parent = await parent.generate(stop=apr.STOP if left else ())
-            parent.offer(parent.candidate())
+            parent = await turn(parent, stop=apr.STOP if left else ())
             if parent.matched is None:
                 break
             if not (spawned := apr.parse_spawn(parent.generated)):
@@ -49,7 +45,3 @@ class SpawnJoin(Strategy):
             children = await parent.spawn(prompts).generate(max_tokens=self.child_tokens)
             parent = parent.append(apr.render_join(apr.child_result(child.text) for child in children))
         return parent
-
-    def choose(self, candidates: Sequence[Candidate]) -> int:
-        """The longest of the unfinished texts."""
-        return len(candidates) - 1

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
-from orchestra.outcome import Candidate
 from orchestra.protocols import THREAD_WEAVER
 from orchestra.runtime.engine import Capability
-from orchestra.strategies.base import Strategy
 from orchestra.strategies.fork_join import ForkJoin
+from orchestra.strategies.one_thread import OneThread
 from orchestra.thread import Thread
 
 
-class ThreadWeaver(Strategy):
+class ThreadWeaver(OneThread):
     """The model outlines threads, whose tokens come back into one context (ThreadWeaver).
 
     It writes numbered outlines and stops; a thread runs for each, seeing the text so far and nothing of its
@@ -41,7 +38,3 @@ class ThreadWeaver(Strategy):
     async def __call__(self, thread: Thread) -> Thread:
         """The model's text, with its threads run."""
         return await ForkJoin(THREAD_WEAVER, "recompute", self.threads, self.thread_tokens, self.stops).run(thread)
-
-    def choose(self, candidates: Sequence[Candidate]) -> int:
-        """The longest of the unfinished texts."""
-        return len(candidates) - 1
