@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import fill
 
 from orchestra.evaluation.store import MANIFEST, SUMMARY
 from orchestra.evaluation.summary import Summary
@@ -26,7 +27,7 @@ from orchestra.strategies import registry
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "strategies"
 RUNS = ROOT / "runs" / "strategies"
-MARKS = ("<!-- strategies: make strategies-table -->\n", "\n<!-- /strategies -->")
+MARKS = ("<!-- strategies: make strategies-table -->", "<!-- /strategies -->")
 
 LINES = {
     "sample": 1.0,
@@ -85,7 +86,7 @@ def row(all_at_once: Summary, alone: Summary) -> str:
     )
 
 
-def table(limit: int, timed: int) -> str:
+def table_of(limit: int, timed: int) -> str:
     """Run every line and write the table."""
     together = {s: summary(folder_of(s, max(1, int(limit * share)), 96)) for s, share in LINES.items()}
     rows = [row(together[s], summary(folder_of(s, timed, 1))) for s in LINES]
@@ -106,9 +107,9 @@ def main() -> None:
     """Run all lines, then write the report and the README's table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=200, help="problems for accuracy and tokens")
-    parser.add_argument("--timed", type=int, default=20, help="problems for the seconds of one")
+    parser.add_argument("--timed", type=int, default=10, help="problems for the seconds of one")
     args = parser.parse_args()
-    lines = table(args.limit, args.timed)
+    lines = table_of(args.limit, args.timed)
     notes = (
         "Countdown, `hard`, held-out problems, solved ± standard error; tokens sampled in all and along "
         f"the critical path, means; seconds of one problem with nothing else on the engine, mean of {args.timed}. "
@@ -118,9 +119,12 @@ def main() -> None:
     report = f"{lines}\n\n{notes} {machine}{platform.python_version()}.\n"
     RESULTS.with_suffix(".md").write_text(report, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    (ROOT / "README.md").write_text(f"{before}{MARKS[0]}{notes}\n\n{lines}{MARKS[1]}{after}", encoding="utf-8")
+    before, start, rest = readme.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (start and end):
+        sys.exit(f"README.md has no {MARKS[0]} ... {MARKS[1]}")
+    written = f"{before}{start}\n{fill(notes, 119)}\n\n{lines}\n{end}{after}"
+    (ROOT / "README.md").write_text(written, encoding="utf-8")
     print(lines)
 
 
