@@ -8,18 +8,19 @@ from typing import Any
 
 import orchestra
 from orchestra import Outcome
+from orchestra.runtime.engine import Engine
 from orchestra.testing.scripted import Script, ScriptedEngine
 
 
 def play(
     spec: Any,
-    script: Script | ScriptedEngine,
+    script: Script | Engine,
     prompt: Any = "go",
-    engines: Mapping[str, ScriptedEngine] | None = None,
+    engines: Mapping[str, Engine] | None = None,
     **settings: Any,
 ) -> Outcome:
-    """Run `spec` on a script; the outcome counts what the engines said, and nothing is left on them."""
-    engine = script if isinstance(script, ScriptedEngine) else ScriptedEngine(script)
+    """Run `spec` on a script, or an engine; the outcome counts what the engines said, and nothing is left on them."""
+    engine = script if isinstance(script, Engine) else ScriptedEngine(script)
     others = dict(engines or {})
     before = sum(one.load().sampled_tokens for one in (engine, *others.values()))
 

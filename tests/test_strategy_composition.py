@@ -93,3 +93,19 @@ def test_any_depth_within_a_budget(spec: str, most: int) -> None:
 )
 def test_the_laws_hold_of_the_whole(spec: str) -> None:
     asyncio.run(asyncio.wait_for(check_strategy(engine(), spec, PROMPT), 60))
+
+
+STEPS = "3 + 7 = 10 , 8 - 3 = 5 , 5 * 10 = 50"
+
+
+def test_a_vote_over_searches() -> None:
+    def script(context: str, path: tuple[int, ...]) -> str:
+        if len(path) > 1:
+            return f" answer: {STEPS} $"
+        return f" answer: {STEPS} $" if STEPS in context else " spawn: 3 + 7 = 10 left: 8 10 12\n join:"
+
+    outcome = play("self_consistency(samples=3, drafts=spawn_join)", script, PROMPT)
+    assert outcome.answer == STEPS
+    assert len(outcome.candidates) == 3
+    assert outcome.usage.requests == 9
+    assert sum(c.tokens for c in outcome.candidates) == outcome.usage.sampled_tokens

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from playing import play
+
 import orchestra
 from orchestra import Candidate, Outcome
 from orchestra.runtime.connect import open_engine
@@ -36,18 +38,8 @@ class Grouped(ScriptedEngine):
 def run(
     spec: Any, script: Script | None = None, *, engine: Engine | None = None, prompt: str = "go", **settings: Any
 ) -> Outcome:
-    """The outcome on an engine, or on a script; what it reports is what was sampled."""
-    on = engine or ScriptedEngine(script or (lambda *_: "$"))
-
-    async def main() -> Outcome:
-        async with orchestra.connect(on) as connection:
-            return await connection.run(spec, prompt, **settings)
-
-    before = on.load().sampled_tokens
-    outcome = asyncio.run(asyncio.wait_for(main(), 60))
-    assert outcome.usage.sampled_tokens == on.load().sampled_tokens - before
-    assert on.load().requests == 0
-    return outcome
+    """See `play`."""
+    return play(spec, engine or script or (lambda *_: "$"), prompt, **settings)
 
 
 def votes(outcome: Outcome) -> list[tuple[str | None, float]]:
