@@ -77,11 +77,11 @@ def summary(folder: Path) -> Summary:
     return Summary.model_validate_json((folder / SUMMARY).read_bytes())
 
 
-def row(all_at_once: Summary, alone: Summary) -> str:
+def row(strategy: str, all_at_once: Summary, alone: Summary) -> str:
     """One line of the table."""
     s = all_at_once
     return (
-        f"| `{s.strategy}` | {s.items} | {100 * (s.accuracy or 0):.1f} ± {100 * (s.stderr or 0):.1f} "
+        f"| `{strategy}` | {s.items} | {100 * (s.accuracy or 0):.1f} ± {100 * (s.stderr or 0):.1f} "
         f"| {s.sampled_tokens:,.0f} | {s.critical_path_tokens:,.0f} | {alone.wall_seconds:.2f} |"
     )
 
@@ -89,7 +89,7 @@ def row(all_at_once: Summary, alone: Summary) -> str:
 def table_of(limit: int, timed: int) -> str:
     """Run every line and write the table."""
     together = {s: summary(folder_of(s, max(1, int(limit * share)), 96)) for s, share in LINES.items()}
-    rows = [row(together[s], summary(folder_of(s, timed, 1))) for s in LINES]
+    rows = [row(s, together[s], summary(folder_of(s, timed, 1))) for s in LINES]
     scored = {line.partition("(")[0] for line in LINES}
     if unknown := registry().keys() - scored - UNTAUGHT.keys():
         sys.exit(f"neither scored nor known as untaught: {', '.join(sorted(unknown))}")
