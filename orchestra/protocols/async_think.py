@@ -51,13 +51,6 @@ class Organised:
     parts: list[str | Task | Joined] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """The organiser goes on only with the result of this worker."""
-
-    label: str
-
-
 class AsyncThinkProtocol(Protocol[Organised]):
     """See the module."""
 
@@ -116,13 +109,13 @@ class AsyncThinkReader(Reader[Organised]):
     """See `Reader`; besides the last fork it tells the last wait.
 
     Attributes:
-        wait: the worker that the text waits for now; None if it does not.
+        wait: label of the worker that the text waits for now; None if it does not.
     """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.document = Organised()
-        self.wait: Wait | None = None
+        self.wait: str | None = None
         labels = range(1, MOST_WORKERS + 1)
         self._lexer = Lexer(f"{verb}-{i}" for verb in ("FORK", "JOIN", "RETURN") for i in labels)
         self._inside: Token | None = None
@@ -182,7 +175,7 @@ class AsyncThinkReader(Reader[Organised]):
         return None
 
     def _join(self, label: str, token: Token) -> None:
-        self.wait = Wait(label)
+        self.wait = label
         if label in self._open:
             self.document.parts.append(Joined(label))
         else:

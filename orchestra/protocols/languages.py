@@ -6,6 +6,8 @@ what is forced is ordinary tokens of the node that it stands in.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestra.protocols.blocks import Blocks
 
 MULTIVERSE = Blocks(
@@ -22,19 +24,7 @@ MULTIVERSE = Blocks(
 """Positions are those of the published training code: each `<Path>` stands one after `</Goal>`, `<Conclusion>` one
 after the longest path. Nothing stands between them, so nothing shifts."""
 
-MULTIVERSE_ENGINE = Blocks(
-    name="multiverse_engine",
-    paper=MULTIVERSE.paper,
-    plan="Goal",
-    outline="Outline",
-    path="Path",
-    conclusion="Conclusion",
-    nested=5,
-    lead="\n",
-    header="<Path>\n{label}:",
-    after="\n",
-    join="<Conclusion>\n",
-)
+MULTIVERSE_ENGINE = replace(MULTIVERSE, name="multiverse_engine", lead="\n", after="\n", join="<Conclusion>\n")
 """As the published engine serves the published checkpoints: a line break before the paths and one after each take
 positions, so paths stand at `</Goal>` + 2. The original keeps whatever token follows `</Path>`, usually that break."""
 

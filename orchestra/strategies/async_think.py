@@ -70,8 +70,7 @@ class AsyncThink(OneThread):
             if fork is not None:
                 pool.start(thread, fork.branches[0])
             if reader.wait is not None:
-                label = reader.wait.label
-                said = ASYNC_THINK.returned(label, await pool.result(label))
+                said = ASYNC_THINK.returned(reader.wait, await pool.result(reader.wait))
                 reader.feed(said)
                 thread = thread.append(said)
         return thread

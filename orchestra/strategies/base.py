@@ -37,7 +37,7 @@ class Strategy(Named):
 
     async def __call__(self, thread: Thread) -> Thread | Outcome:
         """Run from `thread`."""
-        raise NotImplementedError(f"strategy {self.name!r} defines no __call__")
+        raise NotImplementedError(f"strategy {self.name!r} defines no __call__")  # abstract: each strategy's own
 
     def choose(self, candidates: Sequence[Candidate]) -> int:
         """Index of the best of at least one candidate; also asked when a budget ends the run early.
