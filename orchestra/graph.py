@@ -28,6 +28,35 @@ class Edge(NamedTuple):
     length: int
 
 
+class Read(NamedTuple):
+    """One node in a concurrent view: its first `length` tokens, and `grows` more for each token of the reader."""
+
+    node: int
+    length: int
+    grows: int = 0
+
+
+@dataclass(slots=True)
+class View:
+    """What tokens of a node read while others grow (Hogwild! Inference, arXiv:2504.06261), from token `first` on.
+
+    Token k of the node reads `length + grows * (k - first)` tokens of each node in `reads`, and then the node's own
+    tokens up to itself. They are placed one after another from position 0: the position of a key is its place in the
+    reader's view, whatever it was computed at.
+
+    Attributes:
+        first: index of the first token that the view holds for; until the next view's `first`.
+        reads: the nodes in the order of the view, without the node itself, which is last.
+    """
+
+    first: int
+    reads: list[Read] = field(default_factory=list)
+
+    def lengths(self, index: int) -> list[int]:
+        """Tokens that token `index` reads of each node in `reads`."""
+        return [read.length + read.grows * (index - self.first) for read in self.reads]
+
+
 @dataclass(slots=True)
 class Span:
     """A stretch of one origin inside a node.
@@ -53,6 +82,9 @@ class Span:
 class Node:
     """A run of tokens. It grows while its one generation runs and never changes after `finish_reason` is set.
 
+    A *concurrent* node reads nodes that grow beside it. It has no context edges; it says in `views` what it read, which
+    may be nodes that were added after it.
+
     Attributes:
         id: index in the graph.
         context: context edges; several only at a reuse join.
@@ -64,6 +96,7 @@ class Node:
         started, ended: seconds since the run began; None when nothing ran here.
         finish_reason: `stop`, `length`, `cancelled`, `error`; `forced` for a node with nothing to sample.
         cached_tokens: context tokens whose keys and values an earlier request had left on the engine.
+        views: of a concurrent node: what its tokens read, in order of `first`, beginning with 0.
         notes: what the engine knows besides (JSON values): of a recorded sample its `answer`, `thinking_tokens` and
             `confidence`.
     """
@@ -79,6 +112,7 @@ class Node:
     ended: float | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
+    views: list[View] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -103,6 +137,10 @@ class Node:
     def text(self) -> str:
         """The decoded text of all spans."""
         return "".join(span.text for span in self.spans)
+
+    def view_of(self, index: int) -> View:
+        """The view that holds for a token of a concurrent node."""
+        return next(view for view in reversed(self.views) if view.first <= index)
 
     def count(self, origin: Origin) -> int:
         """Number of tokens of one origin."""
@@ -169,12 +207,29 @@ class ThreadGraph:
             self.nodes.append(nodes[-1])
         return nodes
 
+    def add_concurrent(self, *, waits: Iterable[int], path: Iterable[int], spans: Iterable[Span]) -> Node:
+        """Append a concurrent node; its views come with its tokens.
+
+        Raises:
+            UsageError: its first token would be sampled: nothing predicts it.
+        """
+        node = self.add(waits=waits, path=path, spans=spans)
+        if not node.spans or node.spans[0].origin == "sampled" or not node.spans[0].count:
+            self.nodes.pop()
+            raise UsageError("a concurrent node begins with a forced token: nothing predicts its first one")
+        node.views.append(View(0))
+        return node
+
     def _solid(self, context: Iterable[Edge]) -> list[Edge]:
         solid: dict[int, int] = {}
         for parent, length in context:
             if not 0 <= parent < len(self.nodes):
                 raise UsageError(f"context edge to unknown node {parent}")
             node = self.nodes[parent]
+            if node.views:
+                raise UsageError(
+                    f"node {parent} read nodes that grew beside it: read it by a view, or by its token ids"
+                )
             if not 0 <= length <= len(node):
                 raise UsageError(f"context edge takes {length} tokens of node {parent}, which has {len(node)}")
             for edge in [Edge(parent, length)] if length else node.context:
@@ -199,13 +254,16 @@ class ThreadGraph:
         """The chain from the root to `(node, length)`, following the one context parent of each node.
 
         Raises:
-            UsageError: the chain passes a reuse join; its cache is not the causal cache of any token string (rule 6).
+            UsageError: the chain passes a reuse join or a concurrent node; its cache is not the causal cache of any
+                token string (rule 6).
         """
         chain: list[Edge] = []
         edge = Edge(node, len(self.nodes[node]) if length is None else length)
         while True:
             chain.append(edge)
             context = self.nodes[edge.parent].context
+            if self.nodes[edge.parent].views:
+                raise UsageError(f"node {edge.parent} read nodes that grew beside it; it has no token string")
             if len(context) > 1:
                 raise UsageError(f"node {edge.parent} joins {len(context)} branches by reuse; it has no token string")
             if not context:
@@ -310,6 +368,9 @@ class ThreadGraph:
                 raise UsageError(f"{where} starts at {node.start}, not after its longest parent")
             if len(node.context) > 1 and (not node.spans or node.spans[0].origin == "sampled"):
                 raise UsageError(f"{where} joins several parents and begins with a sampled token")
+            self._check_views(node)
+            if any(self.nodes[edge.parent].views for edge in node.context):
+                raise UsageError(f"{where} has a context edge to a concurrent node")
             for span in node.spans:
                 if span.tokens and len(span.tokens) != span.count:
                     raise UsageError(f"{where} has a span of {span.count} tokens with {len(span.tokens)} ids")
@@ -317,6 +378,21 @@ class ThreadGraph:
                     raise UsageError(
                         f"{where} has a span of {span.count} tokens, {len(span.logprobs)} log-probabilities"
                     )
+
+    def _check_views(self, node: Node) -> None:
+        firsts = [view.first for view in node.views]
+        if not firsts:
+            return
+        if node.context:
+            raise UsageError(f"node {node.id} has context edges and views; it can have one of them")
+        if firsts[0] != 0 or firsts != sorted(set(firsts)):
+            raise UsageError(f"the views of node {node.id} begin with tokens {firsts}, not with 0 and rising")
+        for view, end in zip(node.views, [*firsts[1:], len(node)], strict=True):
+            for read, last in zip(view.reads, view.lengths(max(view.first, end - 1)), strict=True):
+                if not 0 <= read.node < len(self.nodes) or read.node == node.id:
+                    raise UsageError(f"node {node.id} reads node {read.node}, which is itself or none")
+                if min(read.length, last) < 0 or max(read.length, last) > len(self.nodes[read.node]):
+                    raise UsageError(f"node {node.id} reads more tokens of node {read.node} than it has")
 
 
 def _adapter() -> Any:

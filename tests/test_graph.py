@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestra.errors import UsageError
-from orchestra.graph import Edge, Span, ThreadGraph
+from orchestra.graph import Edge, Read, Span, ThreadGraph, View
 
 
 def span(origin: str, count: int, first: int = 0) -> Span:
@@ -111,3 +111,49 @@ def test_what_breaks_the_rules_is_refused(context: list[Edge], spans: list[Span]
 def test_bad_json_is_one_clear_error(text: str) -> None:
     with pytest.raises(UsageError):
         ThreadGraph.from_json(text)
+
+
+def concurrent_pair():
+    graph = ThreadGraph()
+    prompt = graph.add(spans=[Span("prompt", [1, 2, 3], 3)])
+    pair = [graph.add_concurrent(waits=[0], path=[i], spans=[Span("forced", [9], 1)]) for i in range(2)]
+    for node, other in (pair, pair[::-1]):
+        node.spans.append(Span("sampled", [4, 5, 6], 3))
+        node.views = [View(0, [Read(prompt.id, 3), Read(other.id, 1)]), View(1, [Read(0, 3), Read(other.id, 2, 1)])]
+    return graph
+
+
+def test_a_concurrent_view_grows_with_its_reader():
+    graph = concurrent_pair()
+    node = graph.nodes[1]
+    assert node.view_of(0).lengths(0) == [3, 1]
+    assert [node.view_of(k).lengths(k) for k in (1, 3)] == [[3, 2], [3, 4]]
+    assert ThreadGraph.from_json(graph.to_json()) == graph
+
+
+def test_concurrent_nodes_are_read_by_views_only():
+    graph = concurrent_pair()
+    with pytest.raises(UsageError, match="by a view"):
+        graph.add([Edge(1, 2)])
+    with pytest.raises(UsageError, match="no token string"):
+        graph.lineage(2)
+    with pytest.raises(UsageError, match="begins with a forced token"):
+        graph.add_concurrent(waits=[], path=[], spans=[])
+    assert len(graph.nodes) == 3
+
+
+@pytest.mark.parametrize(
+    ("views", "wrong"),
+    [
+        ([View(1)], "not with 0"),
+        ([View(0), View(0)], "not with 0"),
+        ([View(0, [Read(1, 1)])], "itself"),
+        ([View(0, [Read(7, 1)])], "none"),
+        ([View(0, [Read(2, 2, 1)])], "more tokens"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(views, wrong):
+    graph = concurrent_pair()
+    graph.nodes[1].views = views
+    with pytest.raises(UsageError, match=wrong):
+        graph.check_integrity()

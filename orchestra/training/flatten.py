@@ -71,7 +71,8 @@ def flatten(graph: ThreadGraph) -> Row:
     """The whole graph as a training row. Nodes without tokens contribute nothing.
 
     Raises:
-        UsageError: a span counts tokens whose ids are not known.
+        UsageError: a span counts tokens whose ids are not known, or the graph has concurrent nodes: what they read
+            changed from token to token, and is no mask between nodes.
     """
     row = Row()
     for node in graph.nodes:
@@ -80,6 +81,8 @@ def flatten(graph: ThreadGraph) -> Row:
             raise UsageError(f"node {node.id} has {len(node)} tokens but {len(tokens)} token ids; training needs all")
         if not tokens:
             continue
+        if node.views:
+            raise UsageError(f"node {node.id} read nodes that grew beside it; it has no place in a training row")
         row.views[node.id] = graph.view(node.context)
         weights = [s.weight if s.origin == "sampled" else 0.0 for s in node.spans for _ in range(s.count)]
         predecessor: int | None = None
