@@ -37,6 +37,8 @@ def segment_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     orchestra_plan: Plan | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -54,7 +56,8 @@ def segment_attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx
-    out = orchestra_plan.run(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scale)
+    query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
+    out = orchestra_plan.run(layer, query, key, value, scale, window=sliding_window, softcap=softcap)
     return out.unsqueeze(0), None
 
 

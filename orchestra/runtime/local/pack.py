@@ -14,7 +14,8 @@ from orchestra.runtime.local.jobs import Context, Job, NodeState, Score
 from orchestra.runtime.local.segments import Memory, Slab
 
 Ints = npt.NDArray[np.int64]
-Reads = tuple[torch.Tensor, torch.Tensor]
+Reads = tuple[torch.Tensor, torch.Tensor, int]
+"""Keys, values, and the position of the first."""
 
 SHORT_BYTES = 128 * 1024
 """Segments of at most so many bytes of a layer are copied into one for the rows that read them all: a thread that
@@ -133,17 +134,18 @@ class Pack:
 
     def groups(self) -> list[Shared]:
         """The shared reads: one for each segment and length, one for all short segments that the same rows read."""
-        found: list[tuple[tuple[int, ...], Reads]] = []
-        short: dict[tuple[int, ...], list[Reads]] = {}
+        found: dict[tuple[int, ...], list[list[Reads]]] = {}
         for (state, length), rows in self._groups.items():
-            if length > self._short or state in self.filled:  # what this step writes cannot be copied before it
-                found.append((tuple(rows), state.reads(length)))
-            else:
-                short.setdefault(tuple(rows), []).append(state.reads(length))
-        for readers, parts in short.items():
-            keys, values = zip(*parts, strict=True)
-            found.append((readers, parts[0] if len(parts) == 1 else (torch.cat(keys, 2), torch.cat(values, 2))))
-        return [Shared(torch.tensor(rows, device=self.memory.device), *reads) for rows, reads in found]
+            alone = length > self._short or state in self.filled  # what this step writes cannot be copied before it
+            groups = found.setdefault(tuple(sorted(rows)), [[]])
+            keys, values = state.reads(length)
+            part = keys, values, state.start
+            groups.append([part]) if alone else groups[0].append(part)
+        shared = []
+        for readers, groups in found.items():
+            index = torch.tensor(readers, device=self.memory.device)
+            shared += [Shared(index, *_joined(parts)) for parts in groups if parts]
+        return shared
 
     def finish(self, shared: list[Shared]) -> tuple[torch.Tensor, torch.Tensor]:
         """Complete the plan; returns tokens and positions, `[rows]` each."""
@@ -155,7 +157,8 @@ class Pack:
         self.plan.rows = self.rows
         self.plan.shared = shared
         tokens = torch.from_numpy(np.concatenate(self._tokens)).to(device)
-        return tokens, torch.from_numpy(np.concatenate(self._positions)).to(device)
+        self.plan.positions = torch.from_numpy(np.concatenate(self._positions)).to(device)
+        return tokens, self.plan.positions
 
     def _chunk(self, rows: range, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
         """Rows that write to, and read, `keys` and `values` `[layers, heads, capacity, dim]` after `used` tokens."""
@@ -164,3 +167,12 @@ class Pack:
         self.plan.writes.append(Write(a, b, keys[:, :, used:end], values[:, :, used:end]))
         self.plan.chunks.append(Chunk.over(a, b, keys[:, :, :end], values[:, :, :end]))
         self.computed += b - a
+
+
+def _joined(parts: list[Reads]) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int], ...]]:
+    """Several reads as one: copies one after another, and where each stands."""
+    keys, values, starts = zip(*parts, strict=True)
+    stretches = tuple((start, part.shape[2]) for start, part in zip(starts, keys, strict=True))
+    if len(parts) == 1:
+        return keys[0], values[0], stretches
+    return torch.cat(keys, 2), torch.cat(values, 2), stretches

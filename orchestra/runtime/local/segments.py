@@ -31,6 +31,7 @@ class Memory:
     Attributes:
         layers, heads, dim: layers, key heads and head dimension of the model.
         dtype, device: of keys and values.
+        windows: some layers see the last positions only.
         bytes: allocated now, padding included.
     """
 
@@ -39,6 +40,7 @@ class Memory:
     dim: int
     dtype: torch.dtype
     device: torch.device
+    windows: bool = False
     bytes: int = 0
 
     @property
