@@ -42,8 +42,8 @@ COLUMNS = (
 )
 NOTES = (
     "Milliseconds are the shortest of several rounds in which all take turns. `reads` is what the cost rule chose; "
-    "ratios are of its time. GB/s and GFLOP/s are of its own reads and operations. The limit is the least time that the "
-    "machine's measured limits (a long sum, a large matrix product) allow for them; caches can beat it."
+    "ratios are of its time. GB/s and GFLOP/s are of its own reads and operations. The limit is the least time that "
+    "the machine's measured limits (a long sum, a large matrix product) allow for them; caches can beat it."
 )
 
 

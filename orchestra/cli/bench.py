@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,3 +120,70 @@ def attention(
     title = f"Decode attention: one layer, {heads}/{key_heads} heads of {dim}, tails of {tails} tokens"
     report = Report(title, bench.COLUMNS, machine(target), bench.NOTES)
     _show(report, bench.rows(cases, target, seconds=seconds), out)
+
+
+class Table(StrEnum):
+    """The tables of `bench generate`."""
+
+    SAMPLES = "samples"
+    PREFIXES = "prefixes"
+    TREE = "tree"
+
+
+@app.command()
+def generate(
+    table: Annotated[
+        Table,
+        typer.Argument(
+            help="samples: of one prompt, beside the peers. prefixes: longer and longer ones, shared and replicated. "
+            "tree: two levels of prompts, both, one or none of them shared."
+        ),
+    ] = Table.SAMPLES,
+    model: Annotated[str, typer.Option(help="demo, qwen2.5-0.5b-shape (random weights), or a folder.")] = "demo",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Continuations of a prompt.", show_default="1,8,32,128")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Tokens of the prompt.", show_default="by table")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each continuation.")] = 64,
+    branches: Annotated[str, typer.Option(metavar="N,...", help="Second-level prompts of the tree.")] = "4,8",
+    second: Annotated[int, typer.Option(min=1, help="Tokens of a second-level prompt.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="Try each; the best counts.")] = "1,2",
+    peers: Annotated[str, typer.Option(metavar="NAME,...", help="Of the table of samples.")] = "transformers,sglang",
+    repeats: Annotated[int, typer.Option(min=1, help="Of each work; the fastest counts.")] = 1,
+    out: Out = None,
+) -> None:
+    """Many continuations of one prompt, from the request to the last token.
+
+    Each runner has its process, the peers too. The works of the tables are set by --samples, --prompt and --tokens.
+    """
+    _begin(out, None)
+    from orchestra.benchmarks import generate as bench
+    from orchestra.benchmarks.machine import machine
+    from orchestra.benchmarks.models import model_folder, token_bytes
+    from orchestra.benchmarks.report import Report
+
+    counts = _numbers(threads, "threads")
+    many = _numbers(samples or {"samples": "1,8,32,128", "prefixes": "128", "tree": "16"}[table], "samples")
+    prompts = _numbers(prompt or {"samples": "32", "prefixes": "1024,4096,16000", "tree": "4096"}[table], "prompt")
+    others = [name for name in peers.split(",") if name]
+    if unknown := [name for name in others if name not in bench.PEERS]:
+        raise UsageError(f"unknown peer {unknown[0]!r} (known: {', '.join(bench.PEERS)})")
+    if dtype not in ("float32", "bfloat16"):
+        raise UsageError(f"unknown dtype {dtype!r} (known: float32, bfloat16)")
+    with model_folder(model, dtype, layers) as folder:
+        if table is Table.SAMPLES:
+            ways = bench.samples(folder, dtype, many, prompts[0], tokens, others)
+        elif table is Table.PREFIXES:
+            ways = bench.prefixes(folder, dtype, many[0], prompts, tokens)
+        else:
+            size = token_bytes(folder, dtype)
+            ways = bench.tree(folder, dtype, many[0], _numbers(branches, "branches"), prompts[0], second, tokens, size)
+        shown = model + (f", {layers} layers" if layers else "")
+        report = Report(f"End to end, {table}: {shown}, {dtype}", bench.COLUMNS, machine(), bench.NOTES)
+        _show(report, bench.rows(ways, counts, repeats), out)
