@@ -82,11 +82,28 @@ def test_losslessness(kernel, grouping):
         check_losslessness(seed, kernel=kernel, grouping=grouping, key_heads=(1, 2, 4)[seed % 3])
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(1, None), (5, None), (30, None), (1000, None), (None, 2.0), (12, 0.7)]
+)
+def test_losslessness_of_windows_and_soft_capping(kernel, window, softcap):
+    for seed in range(12):
+        check_losslessness(seed, kernel=kernel, window=window, softcap=softcap, key_heads=(1, 2, 4)[seed % 3])
+
+
 @pytest.mark.slow
-@given(st.integers(0, 2**31), st.sampled_from(KERNELS), st.booleans(), st.sampled_from([(4, 4), (8, 2), (3, 1)]))
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(KERNELS),
+    st.booleans(),
+    st.sampled_from([(4, 4), (8, 2), (3, 1)]),
+    st.sampled_from([None, 1, 3, 20, 90]),
+    st.sampled_from([None, 0.5, 30.0]),
+)
 @settings(max_examples=1000, deadline=None)
-def test_losslessness_at_depth(seed, kernel, grouping, heads):
-    check_losslessness(seed, kernel=kernel, grouping=grouping, heads=heads[0], key_heads=heads[1])
+def test_losslessness_at_depth(seed, kernel, grouping, heads, window, softcap):
+    options = {"heads": heads[0], "key_heads": heads[1], "softcap": softcap}
+    check_losslessness(seed, kernel=kernel, grouping=grouping, window=window if grouping else None, **options)
 
 
 def test_bfloat16_is_at_most_twice_as_far_off_as_sdpa():
@@ -113,7 +130,7 @@ def test_bfloat16_is_at_most_twice_as_far_off_as_sdpa():
 
 def test_shared_keys_are_read_once_for_all_readers(monkeypatch):
     calls = []
-    from orchestra.runtime.attention import plan as module
+    from orchestra.runtime.attention import reads as module
 
     def counted(query, key, *rest, **options):
         calls.append(key.shape)

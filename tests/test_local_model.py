@@ -123,11 +123,7 @@ def test_attention_that_brings_something_unknown_is_refused_by_name():
     from orchestra.runtime.local.model import segment_attention
 
     row = torch.zeros(1, 1, 1, 8)
-    for options, name in (
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(1)}, "s_aux"),
-        ({"sliding_window": 8}, "sliding"),
-    ):
+    for options, name in (({"s_aux": torch.zeros(1)}, "s_aux"),):
         with pytest.raises(UsageError, match=name):
             segment_attention(SimpleNamespace(layer_idx=0), row, row, row, None, orchestra_plan=Plan(1), **options)
 

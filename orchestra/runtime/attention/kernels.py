@@ -28,6 +28,7 @@ def attend(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    softcap: float | None = None,
     kernel: Kernel = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention and the log of its normaliser.
@@ -41,6 +42,7 @@ def attend(
         scale: factor on the scores.
         mask: added to the scores; broadcasts to `[batch, heads, queries, keys]`.
         causal: query i sees keys 0..i (as many keys as queries).
+        softcap: c of `c * tanh(scores / c)`, before the mask; None for none.
         kernel: `reference` or `auto`.
 
     Returns:
@@ -49,7 +51,7 @@ def attend(
     """
     if key.shape[2] == 0:  # the CPU kernel divides by zero here and takes the process with it
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
-    if kernel == "auto" and query.device.type == "cpu":
+    if kernel == "auto" and query.device.type == "cpu" and softcap is None:
         few = query.shape[2] <= FEW_QUERIES and query.shape[1] == key.shape[1]
         if few and not causal and query.dtype == torch.float32:
             return _products(query, key, value, scale, mask)
@@ -57,7 +59,7 @@ def attend(
             query, key, value, 0.0, causal, attn_mask=mask, scale=scale
         )
         return out, lse
-    return _reference(query, key, value, scale, mask, causal)
+    return _reference(query, key, value, scale, mask, causal, softcap)
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,13 +80,15 @@ def _products(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Ten
 
 
 def _reference(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, dim = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     grouped = query.float().reshape(batch, key_heads, heads // key_heads, queries, dim)
     scores = grouped @ key.float().unsqueeze(2).transpose(-1, -2) * scale
     scores = scores.reshape(batch, heads, queries, keys)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if causal:
         future = torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)

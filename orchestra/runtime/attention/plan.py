@@ -12,110 +12,89 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from orchestra.runtime.attention.kernels import Kernel, attend, merge
+from orchestra.runtime.attention.kernels import Kernel
+from orchestra.runtime.attention.reads import Chunk, Read, Rotary, Scoring, Shared, Tails, Write
+
+__all__ = ["Chunk", "Plan", "Shared", "Tails", "Write"]
 
 
 @dataclass(slots=True, eq=False)
-class Write:
-    """New keys and values of the rows `start..stop`, to be copied to a stretch of a segment.
+class Reads:
+    """The reads of a kind of layer, and where each puts its part.
+
+    A row that is in several reads has as many parts. Part n of all rows lies in `outs[n]`, so that one softmax over the
+    normalisers merges everything.
 
     Attributes:
-        start, stop: the rows.
-        keys, values: where to, `[layers, key heads, stop - start, dim]`.
+        reads: what to do.
+        places: of each read: where its rows go in `[parts * rows]`, or the first row of a stretch of first parts.
+        parts: most parts of a row.
     """
 
-    start: int
-    stop: int
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(slots=True, eq=False)
-class Shared:
-    """One segment that any number of rows reads in full: matrix-matrix instead of matrix-vector.
-
-    Attributes:
-        rows: the readers, int64.
-        keys, values: `[layers, key heads, tokens, dim]`.
-    """
-
-    rows: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """Consecutive new tokens of one node reading that node, themselves included.
-
-    Attributes:
-        start, stop: the rows; they are the last `stop - start` of the keys.
-        keys, values: `[layers, key heads, tokens, dim]`.
-        mask: `[stop - start, tokens]`, added to the scores; None when the rows are all the keys (plain causal).
-    """
-
-    start: int
-    stop: int
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
+    reads: list[Read]
+    places: list[Tensor | int]
+    parts: int
+    outs: Tensor | None = None
+    lses: Tensor | None = None
 
     @classmethod
-    def over(cls, start: int, stop: int, keys: Tensor, values: Tensor) -> Chunk:
-        """The chunk with its mask."""
-        rows, tokens = stop - start, keys.shape[2]
-        mask = None
-        if tokens > rows:
-            mask = torch.full((rows, tokens), -torch.inf, device=keys.device).triu(tokens - rows + 1)
-        return cls(start, stop, keys, values, mask)
+    def of(cls, rows: int, reads: list[Read], device: torch.device) -> Reads:
+        """Give each read its places."""
+        count = torch.zeros(rows, dtype=torch.int64)
+        places: list[Tensor | int] = []
+        for read in reads:
+            if isinstance(read, Shared):
+                groups = [read.rows.cpu()]
+            elif isinstance(read, Tails) and read.readers is not None:
+                groups = list(read.readers.cpu())
+            else:
+                groups = [torch.arange(read.start, read.stop)]
+            place = []
+            for group in groups:  # in a group no row comes twice
+                place.append(count[group] * rows + group)
+                count[group] += 1
+            found = torch.cat(place)
+            first, n = int(found[0]), len(found)
+            stretch = first + n <= rows and bool((found == torch.arange(first, first + n)).all())
+            places.append(first if stretch else found.to(device))
+        return cls(reads, places, max(1, int(count.max())))
 
-
-@dataclass(slots=True, eq=False)
-class Tails:
-    """One new token for each slot of a padded arena: row `start + i` is the last token of slot i.
-
-    Attributes:
-        start: the first row.
-        keys, values: the whole arena, `[layers, slots, key heads, capacity, dim]`.
-        used: tokens in each slot, the new one included, int64 `[slots in use]`.
-        longest: the maximum of `used`.
-        mask: `[slots in use, 1, 1, longest]`, added to the scores.
-        index: where the new tokens go in `[slots * key heads * capacity]`, `[slots in use * key heads]`.
-    """
-
-    start: int
-    keys: Tensor
-    values: Tensor
-    used: Tensor
-    longest: int
-    mask: Tensor
-    index: Tensor
-
-    @classmethod
-    def over(cls, start: int, keys: Tensor, values: Tensor, used: Tensor, longest: int) -> Tails:
-        """The tails with their mask and index."""
-        _, _, heads, capacity, _ = keys.shape
-        device = keys.device
-        mask = torch.zeros(len(used), longest, device=device)
-        mask.masked_fill_(torch.arange(longest, device=device) >= used.unsqueeze(1), -torch.inf)
-        lines = torch.arange(len(used) * heads, device=device).view(-1, heads) * capacity
-        index = (lines + (used - 1).unsqueeze(1)).view(-1)
-        return cls(start, keys, values, used, longest, mask.view(len(used), 1, 1, longest), index)
-
-    @property
-    def stop(self) -> int:
-        """The row after the last."""
-        return self.start + len(self.used)
+    def run(self, layer: int, query: Tensor, scoring: Scoring, rotary: Rotary | None) -> Tensor:
+        """Attention over everything that each row reads, `[rows, heads, dim]`."""
+        rows, heads, dim = query.shape
+        if len(self.reads) == 1 and self.parts == 1:
+            whole = self.reads[0].read(layer, query, scoring, rotary).out
+            if len(whole) == rows:
+                return whole.to(query.dtype)
+        if self.outs is None or self.outs.shape[2:] != query.shape[1:]:
+            # What no part is put into stays zero, with weight zero, in every layer.
+            self.outs = torch.zeros(self.parts, rows, heads, dim, device=query.device)
+            self.lses = torch.full((self.parts, rows, heads), -torch.inf, device=query.device)
+        outs, lses = self.outs, self.lses
+        assert lses is not None
+        for read, place in zip(self.reads, self.places, strict=True):
+            part = read.read(layer, query, scoring, rotary)
+            if isinstance(place, int):
+                outs[0, place : place + len(part.out)] = part.out
+                lses[0, place : place + len(part.out)] = part.lse
+            else:
+                outs.view(-1, heads, dim).index_copy_(0, place, part.out.float())
+                lses.view(-1, heads).index_copy_(0, place, part.lse)
+        if self.parts == 1:
+            return outs[0].to(query.dtype)
+        return (outs * lses.softmax(0).unsqueeze(-1)).sum(0).to(query.dtype)
 
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """All writes and reads of a step. Every row has at most one own read (`tails` or `chunks`), any number of shared.
+    """All writes and reads of a step. Every row is read for by at least one of its reads.
 
     Attributes:
         rows: number of packed tokens.
         tails, chunks, writes, shared: see their classes.
         kernel: which attention kernel to use.
+        positions: of the rows, int64 `[rows]`; models with windows need them.
+        rotary: how the model turns queries; reads with turns need it.
         layers_run: how often `run` was called; an engine checks that it was once a layer.
     """
 
@@ -125,9 +104,22 @@ class Plan:
     writes: list[Write] = field(default_factory=list)
     shared: list[Shared] = field(default_factory=list)
     kernel: Kernel = "auto"
+    positions: Tensor | None = None
+    rotary: Rotary | None = None
     layers_run: int = 0
+    _reads: dict[int | None, Reads] = field(default_factory=dict)
 
-    def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def run(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Write the new keys and values of one layer, then attend.
 
         Args:
@@ -136,51 +128,25 @@ class Plan:
             key: `[rows, key heads, dim]`, rotated.
             value: like `key`.
             scale: factor on the scores.
+            window: a query at position p sees keys at positions above p - window; None for all.
+            softcap: c of `c * tanh(scores / c)`; None for none.
 
         Returns:
             `[rows, heads, dim]` in the type of `query`.
         """
         self.layers_run += 1
         self._write(layer, key, value)
-        rows, heads, dim = query.shape
-        groups = heads // key.shape[1]
-        merging = bool(self.shared)
-        out = torch.empty(rows, heads, dim, dtype=torch.float32 if merging else query.dtype, device=query.device)
-        lse = torch.full((rows, heads), -torch.inf, device=query.device) if merging else None
-        if merging:
-            out.zero_()  # rows without an own read (echoes) begin as the empty set
-        for tail in self.tails:
-            a, b, n = tail.start, tail.stop, tail.longest
-            slots = b - a
-            part, weight = attend(
-                query[a:b].reshape(slots, -1, groups, dim),
-                tail.keys[layer, :slots, :, :n],
-                tail.values[layer, :slots, :, :n],
-                scale,
-                mask=tail.mask,
-                kernel=self.kernel,
-            )
-            out[a:b] = part.reshape(slots, heads, dim)
-            if lse is not None:
-                lse[a:b] = weight.reshape(slots, heads)
-        for chunk in self.chunks:
-            a, b = chunk.start, chunk.stop
-            part, weight = attend(
-                query[a:b].transpose(0, 1).unsqueeze(0),
-                chunk.keys[layer].unsqueeze(0),
-                chunk.values[layer].unsqueeze(0),
-                scale,
-                mask=chunk.mask,
-                causal=chunk.mask is None,
-                kernel=self.kernel,
-            )
-            out[a:b] = part[0].transpose(0, 1)
-            if lse is not None:
-                lse[a:b] = weight[0].transpose(0, 1)
-        if lse is not None:
-            for shared in self.shared:
-                self._read_shared(layer, shared, query, out, lse, scale)
-        return out.to(query.dtype)
+        reads = self._reads.get(window)
+        if reads is None:
+            reads = self._reads[window] = self._read(window, query.device)
+        return reads.run(layer, query, Scoring(scale, softcap, self.kernel), self.rotary)
+
+    def _read(self, window: int | None, device: torch.device) -> Reads:
+        reads: list[Read | None] = [*self.tails, *self.chunks, *self.shared]
+        if window is not None:
+            assert self.positions is not None
+            reads = [read.within(window, self.positions) for read in reads if read is not None]
+        return Reads.of(self.rows, [read for read in reads if read is not None], device)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:
         dim = key.shape[2]
@@ -190,22 +156,3 @@ class Plan:
         for write in self.writes:
             write.keys[layer].copy_(key[write.start : write.stop].transpose(0, 1))
             write.values[layer].copy_(value[write.start : write.stop].transpose(0, 1))
-
-    def _read_shared(self, layer: int, shared: Shared, query: Tensor, out: Tensor, lse: Tensor, scale: float) -> None:
-        # Query heads that share a key head, and all readers, are folded into one dimension: one product per key head.
-        readers = len(shared.rows)
-        _, heads, dim = query.shape
-        key_heads = shared.keys.shape[1]
-        folded = query.index_select(0, shared.rows).view(readers, key_heads, heads // key_heads, dim)
-        part, weight = attend(
-            folded.transpose(0, 1).reshape(1, key_heads, -1, dim),
-            shared.keys[layer].unsqueeze(0),
-            shared.values[layer].unsqueeze(0),
-            scale,
-            kernel=self.kernel,
-        )
-        part = part.view(key_heads, readers, -1, dim).transpose(0, 1).reshape(readers, heads, dim)
-        weight = weight.view(key_heads, readers, -1).transpose(0, 1).reshape(readers, heads)
-        merged, total = merge(out.index_select(0, shared.rows), lse.index_select(0, shared.rows), part, weight)
-        out.index_copy_(0, shared.rows, merged)
-        lse.index_copy_(0, shared.rows, total)

@@ -35,7 +35,8 @@ class Cache:
         self.arena = Arena(memory)
         self.runs: dict[int, Run] = {}
         self.tokens = 0
-        self._copy_tokens = copy_bytes * memory.layers // memory.token_bytes
+        # In a slot of a windowed model stands nothing but the node itself: its positions are then consecutive.
+        self._copy_tokens = 0 if memory.windows else copy_bytes * memory.layers // memory.token_bytes
         self._clock = 0
 
     def full(self) -> bool:
