@@ -48,6 +48,7 @@ class Hogwild(Strategy):
         step_tokens: most tokens of a step; one that is cut off there goes on in the next.
         steps: most steps of a worker; None for no limit.
         max_tokens: most tokens of a worker; None: up to the run's own `max_tokens`, else to the end of the context.
+        names: of the workers.
         header: what a step begins with, of `{name}` and `{step}`.
         past, others, own: what stands before the parts of a worker's view.
         step_ends: strings that end a step, outside of code.
@@ -61,12 +62,13 @@ class Hogwild(Strategy):
     needs = frozenset({Capability.CONTINUE, Capability.CONCURRENT_CACHE})
     paper = "Rodionov et al. 2025, arXiv 2504.06261"
 
-    workers: int = Field(2, ge=1, le=len(NAMES))
+    workers: int = Field(2, ge=1, le=8)
     layout: Layout = "combined"
     instruct: bool = True
     step_tokens: int = Field(512, ge=1)
     steps: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
+    names: list[str] = Field(default_factory=lambda: list(NAMES))
     header: str = Field("{name} [{step}]:", min_length=1)
     past: str = "### Finished steps\n\n"
     others: str = "### The others are writing\n\n"
@@ -81,8 +83,8 @@ class Hogwild(Strategy):
     async def __call__(self, thread: Thread) -> Outcome:
         """What all have written, and the answer."""
         if self.instruct:
-            names = " and ".join((", ".join(NAMES[: self.workers - 1]), NAMES[self.workers - 1]))
-            told = INSTRUCTIONS.format(count=self.workers, names=names.removeprefix(" and "), first=NAMES[0])
+            names = ", ".join(map(self.name_of, range(self.workers)))
+            told = INSTRUCTIONS.format(count=self.workers, names=names, first=self.name_of(0))
             (thread,) = thread.spawn([followed_by(thread.prompt, told)])
         headers = Headers(self.past, self.others, self.own)
         async with thread.shared(self.workers, self.layout, headers) as cache:
@@ -97,6 +99,10 @@ class Hogwild(Strategy):
         outcome = self.conclude([talk.candidate()])
         outcome._thread = thread.append(cache.text, ids=cache.ids)
         return outcome
+
+    def name_of(self, worker: int) -> str:
+        """The worker's name; a number if there are too few."""
+        return self.names[worker] if worker < len(self.names) else str(worker + 1)
 
 
 class _Talk:
@@ -136,7 +142,7 @@ class _Talk:
 
     def _header(self, worker: int, step: int) -> str:
         strategy = self._strategy
-        text = strategy.header.format(name=NAMES[worker], step=step + 1)
+        text = strategy.header.replace("{name}", strategy.name_of(worker)).replace("{step}", str(step + 1))
         if strategy.check_every and self._unchecked >= strategy.check_every:
             self._unchecked = 0
             text += strategy.check
