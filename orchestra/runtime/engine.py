@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, Self, TypedDict
 
-from orchestra.graph import Edge, Node, Span, ThreadGraph
+from orchestra.graph import Edge, Node, Span, ThreadGraph, View
 from orchestra.runtime.clock import REAL, Clock
 
 
@@ -34,6 +34,7 @@ class Capability(StrEnum):
     SEED = "seed"  # sampling is a function of (seed, fork path, position)
     CUT = "cut"  # a thread may leave a node in the middle
     REUSE_JOIN = "reuse_join"  # branches become context of one node, nothing is recomputed
+    CONCURRENT_CACHE = "concurrent_cache"  # generations in lock-step read each other while they grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Request:
         depth: sampled tokens on the heaviest chain that ends where the node begins: its clock in a race by tokens.
         item: the evaluation's item that the run works on, as `TASK/ID` or `ID`; empty if it is none.
         repeat: which of the item's samples the run is.
+        gang: what a concurrent node is generated in; the gang says what it reads.
     """
 
     graph: ThreadGraph
@@ -95,6 +97,7 @@ class Request:
     depth: int = 0
     item: str = ""
     repeat: int = 0
+    gang: Gang | None = None
 
     @property
     def context(self) -> list[Edge]:
@@ -117,6 +120,7 @@ class Delta:
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
         tempered: `logprobs` under softmax(logits / temperature) instead, where the engine knows it.
+        views: with the last delta of a concurrent node: what its tokens read, for `Node.views`.
         notes: what the engine knows besides, for `Node.notes` (JSON values).
     """
 
@@ -130,6 +134,7 @@ class Delta:
     eos: bool = False
     cached_tokens: int = 0
     tempered: list[float] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, later: Delta) -> None:
@@ -144,7 +149,33 @@ class Delta:
         self.matched = later.matched
         self.eos = later.eos
         self.cached_tokens += later.cached_tokens
+        self.views += later.views
         self.notes.update(later.notes)
+
+
+class Gang(abc.ABC):
+    """Generations in lock-step that read each other's tokens while they grow (Hogwild! Inference, arXiv:2504.06261).
+
+    In each step every member feeds its next tokens, all their keys and values are written, and then all attend: token t
+    of one sees token t of the others. When a member's generation ends, the others stand still until the gang is
+    arranged anew and the member goes on with another node, or leaves. So what is read depends on nothing but the
+    program.
+    """
+
+    @abc.abstractmethod
+    def arrange(self, views: Mapping[int, Sequence[Edge]], settled: int = 0) -> None:
+        """Say what concurrent nodes read from their next step on.
+
+        Args:
+            views: concurrent node to the nodes that it reads and how many tokens of each, in the order in which they
+                are placed one after another from position 0; itself comes last and is not named. Of a node that is
+                being generated all is read, whatever the length.
+            settled: so many nodes at the beginning of all views have ended and keep their place from now on.
+        """
+
+    @abc.abstractmethod
+    def leave(self) -> None:
+        """One member is fewer: the others do not wait for it."""
 
 
 class Stream:
@@ -297,6 +328,16 @@ class Engine(abc.ABC):
     def generate_group(self, requests: Sequence[Request]) -> list[Stream]:
         """Start generations that differ in nothing but their node and path; engines may serve them together."""
         return [self.generate(request) for request in requests]
+
+    def gang(self, graph: ThreadGraph, members: int) -> Gang:
+        """A new gang of a run; it begins when `members` generations have been asked for with it.
+
+        Raises:
+            CapabilityError: the engine has no concurrent cache.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(f"{self.name} has no concurrent cache; local:PATH has")
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """Log-probability (nats) of every token of `node` in its context; 0 for a root's first token.

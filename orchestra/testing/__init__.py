@@ -6,6 +6,7 @@ Torch is loaded only by the laws that compute with it.
 from __future__ import annotations
 
 from orchestra.testing.agreement import check_agreement
+from orchestra.testing.concurrent import check_concurrent_parity
 from orchestra.testing.conformance import check_engine
 from orchestra.testing.graphs import Played, Step, play, random_graph, random_program
 from orchestra.testing.laws import (
@@ -29,6 +30,7 @@ __all__ = [
     "ScriptedEngine",
     "Step",
     "check_agreement",
+    "check_concurrent_parity",
     "check_conservation",
     "check_engine",
     "check_greedy",

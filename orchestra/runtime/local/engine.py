@@ -12,13 +12,14 @@ from typing import Any, Self
 import torch
 import transformers
 
-from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
+from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Engine, Load, Prompt, Request, Stream
+from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Stream
 from orchestra.runtime.local import sampler
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
+from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.jobs import Job, Score, Snapshot
 from orchestra.runtime.local.model import LoadedModel, load_model, load_plain
 from orchestra.runtime.local.prompts import Prompts
@@ -172,7 +173,19 @@ class LocalEngine(Engine):
             request.chunk or _CHUNK,
             Detokenizer(decode, before_it),
             finder,
+            request.gang if isinstance(request.gang, LocalGang) else None,
         )
+
+    def gang(self, graph: ThreadGraph, members: int) -> Gang:
+        """See `Engine.gang`."""
+        model, _, worker = self._open()
+        if model.rotary is None or model.memory.windows:
+            what = "sliding windows" if model.memory.windows else "positions that are no plain rotation"
+            raise CapabilityError(f"{self.name} has no concurrent cache: the model has {what}")
+        most = self._scheduling[1]
+        if not 1 <= members <= most:
+            raise UsageError(f"a gang has 1 to {most} members (max_batch), not {members}")
+        return worker.gang(graph, members, model.context, model.rotary)
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """See `Engine.score`. The first token of a root, or of a reuse join, is predicted by nothing: 0."""

@@ -10,13 +10,18 @@ import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from orchestra.graph import ThreadGraph
+from orchestra.graph import View as Concurrent
 from orchestra.runtime.engine import Delta, Sampling, Stream
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
 from orchestra.runtime.local.segments import Memory, Segment, Slab
+
+if TYPE_CHECKING:
+    from orchestra.runtime.local.gang import LocalGang, Past, Reading
 
 View = dict[int, int]
 """What a token attends to: node id to tokens."""
@@ -36,6 +41,8 @@ class NodeState:
         job: the generation that fills it, until it ends.
         readers: live jobs and scores whose view holds it; it is not evicted before they end.
         used: step in which it was last read; the oldest are evicted first.
+        reading: of a concurrent node that has ended: what it read last.
+        moved: of a settled concurrent node: the gang's past, where in it its keys are, and the position of the first.
     """
 
     id: int
@@ -47,9 +54,20 @@ class NodeState:
     job: Job | None = None
     readers: int = 0
     used: int = 0
+    reading: Reading | None = None
+    moved: tuple[Past, int, int] | None = None
+
+    @property
+    def base(self) -> int:
+        """The position that the first key is rotated for."""
+        return self.start if self.moved is None else self.moved[2]
 
     def reads(self, length: int) -> tuple[Tensor, Tensor]:
         """The keys and values of the first `length` tokens, `[layers, heads, length, dim]`, wherever they are now."""
+        if self.moved is not None:
+            past, first, _ = self.moved
+            keys, values = past.reads(first + length)
+            return keys[:, :, first:], values[:, :, first:]
         job = self.job
         if job is not None and job.slab is not None:
             slab, slot = job.slab, job.slot
@@ -125,6 +143,8 @@ class Job:
         piece: text not delivered yet; `told` is the end of the text that was.
         logprobs, top: of the tokens not delivered yet.
         cached: context tokens that were on the engine when the job came.
+        gang: of a concurrent node.
+        views: of a concurrent node, so far; `expected` is what its next token reads if nothing changes.
         done: it has ended; nothing more may be sent.
     """
 
@@ -142,6 +162,7 @@ class Job:
     chunk: int
     detokenizer: Detokenizer
     finder: Finder | None
+    gang: LocalGang | None = None
     state: NodeState = field(init=False)
     context: Context = field(default_factory=list)
     slab: Slab | None = None
@@ -158,6 +179,8 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     top: list[Mapping[int, float]] = field(default_factory=list)
     cached: int = 0
+    views: list[Concurrent] = field(default_factory=list)
+    expected: tuple[int, list[int]] | None = None
     done: bool = False
 
     def accept(self, token: int, logprob: float, top: Mapping[int, float] | None) -> Delta | None:
@@ -185,7 +208,11 @@ class Job:
         """The last delta: everything that is left."""
         self.done = True
         self._show(last=True)
-        return self._delta(reason, matched, eos)
+        delta = self._delta(reason, matched, eos)
+        if self.gang is not None:
+            self.gang.end(self)
+            delta.views = self.views
+        return delta
 
     def _show(self, last: bool = False) -> str | None:
         """Decode what is pending; returns the stop string that it completes."""

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orchestra.errors import EngineError, UsageError
 from orchestra.runtime.attention.plan import Chunk, Plan, Write
+from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
 from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
 
@@ -72,6 +73,7 @@ class LoadedModel:
         context: most tokens along a path.
         eos: ids that end a sequence.
         memory: the shape of its keys and values.
+        rotary: how it rotates queries and keys; None if not as `Rotary` can follow (then it cannot play Hogwild).
     """
 
     module: Any
@@ -80,6 +82,7 @@ class LoadedModel:
     context: int
     eos: frozenset[int]
     memory: Memory
+    rotary: Rotary | None = None
 
     def fingerprint(self) -> str:
         """Tells models apart, wherever they lie: a hash of every parameter's name, shape and some of its values."""
@@ -193,6 +196,7 @@ def load_model(source: str, dtype: str, device: str) -> LoadedModel:
     memory = Memory(text.num_hidden_layers, heads, dim, DTYPES[dtype], target)
     model = LoadedModel(module, tokenizer, source, text.max_position_embeddings, _eos(module, tokenizer), memory)
     _probe(model)
+    model.rotary = find_rotary(module, memory.layers)
     return model
 
 

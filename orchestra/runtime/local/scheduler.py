@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from orchestra.runtime.attention.kernels import Kernel
 from orchestra.runtime.attention.plan import Shared
 from orchestra.runtime.engine import Delta
 from orchestra.runtime.local.cache import Cache
+from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.jobs import Context, Job, Score
 from orchestra.runtime.local.model import LoadedModel
 from orchestra.runtime.local.pack import Pack
@@ -72,6 +72,7 @@ class Scheduler:
         self.scores: list[Score] = []
         self.outbox: list[tuple[Job, Delta | EngineError]] = []
         self.sampled = self.computed = 0
+        self.gangs: dict[LocalGang, None] = {}
         self._prefilling: list[Job] = []
         self._stable: Stable | None = None
 
@@ -114,6 +115,7 @@ class Scheduler:
         for run in self.runs.values():
             for state in run.nodes.values():
                 self.cache.drop(state)
+        self.close_gangs(list(self.gangs))
         self.arena.trim()
 
     def release(self, graph: ThreadGraph) -> None:
@@ -127,9 +129,22 @@ class Scheduler:
         for score in [score for score in self.scores if score.graph is graph]:
             self._end_score(score)
             score.future.cancel()
+        self.close_gangs([gang for gang in self.gangs if gang.graph is graph])
         for state in run.nodes.values():
             self.cache.drop(state)
         self.arena.trim()
+
+    def close_gangs(self, gangs: list[LocalGang]) -> None:
+        """Forget gangs and what they share."""
+        for gang in gangs:
+            if gang in self.gangs:
+                gang.close()
+                del self.gangs[gang]
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a gang waits for its program."""
+        return any(gang.jobs() and not gang.complete() for gang in self.gangs)
 
     def jobs(self) -> list[Job]:
         """All generations, running ones first."""
@@ -143,16 +158,16 @@ class Scheduler:
         candidates = self._admit()
         if self.arena.make_room():
             self._stable = None
-        pack = Pack(self.memory, self.kernel, self.prefill)
+        pack = Pack(self.memory, self.kernel, self.prefill, self.model.rotary)
         for slab in self.arena.slabs.values():
-            if slab.jobs:
+            if slab.jobs and (slab.gang is None or self._ready(slab.gang, pack)):
                 pack.add_slab(slab)
         silent = self._feed_forced(pack)
         starts = self._feed_starts(pack, candidates)
         wanted = self._feed_scores(pack)
         if not pack.rows:
             return False
-        plain = not (self._prefilling or starts or wanted or pack.filled)
+        plain = not (self._prefilling or starts or wanted or pack.filled or self.gangs)
         stable = self._stable if plain else None
         if stable is None:
             stable = self._stabilise(pack, silent, [job for job, _ in starts])
@@ -173,17 +188,41 @@ class Scheduler:
             self._draw(stable, logits[: len(stable.jobs)])
         return True
 
+    def _ready(self, gang: LocalGang, pack: Pack) -> bool:
+        """Whether a gang makes a step now; what its members read is computed first, as far as the budget goes."""
+        if not gang.complete():
+            return False
+        if (wrong := gang.wrong()) is not None:
+            for job in gang.jobs().copy():
+                self.outbox += [(job, job.finish(None)), (job, EngineError(wrong))]
+                self._retire(job)
+            return False
+        gang.settle()
+        if not self._feed_context(pack, gang.unsettled()):
+            return False
+        gang.feed(pack)
+        return True
+
     def _admit(self) -> list[Job]:
         """Give slots to generations with forced tokens and a computed context.
 
         Returns:
             Those that may start in this step otherwise, or have context to be computed; in order of arrival.
         """
+        for job in [job for job in self.waiting if job.gang is not None and job.gang.jobs()]:
+            self._place(job)  # the others of its gang wait for it
+            self._prefilling.append(job)
         running = sum(len(slab.jobs) for slab in self.arena.slabs.values())
         if running and self.cache.full():
             return []  # those that run will end, and free what they hold
         candidates = []
-        for job in list(islice(self.waiting, max(0, self.max_batch - running))):
+        for job in list(self.waiting):
+            if job.gang is None:
+                running += 1
+            elif not job.gang.jobs():
+                running += job.gang.members  # a gang comes in as a whole
+            if running > self.max_batch:
+                break
             if job.forced and all(state.done >= n for state, n in job.context):
                 self._place(job)
                 self._prefilling.append(job)
@@ -217,6 +256,8 @@ class Scheduler:
         silent = set()
         for job in self._prefilling:
             assert job.slab is not None
+            if job.slab not in fed:
+                continue  # of a gang that stands still
             if not pack.add_forced(job, fed[job.slab]):
                 silent.add(job)
         return silent
@@ -285,6 +326,8 @@ class Scheduler:
                     jobs.append(job)
                 for state, length in job.inplace:
                     pack.read(state, length, [first + slot])
+            if slab.gang is not None:
+                slab.gang.read(pack, first)
         jobs += starts
         return Stable(jobs, Batch([job.sampling for job in jobs], [job.key for job in jobs]), pack.groups())
 

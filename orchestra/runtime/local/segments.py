@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from orchestra.runtime.local.gang import LocalGang
     from orchestra.runtime.local.jobs import Job
 
 SMALLEST_SLOT = 64
@@ -93,6 +94,11 @@ class Segment:
 class Slab:
     """An arena of slots of one capacity. Slots 0..len(jobs)-1 are in use; the last one moves into a gap.
 
+    Args:
+        memory: the shape of keys and values.
+        capacity: tokens per slot.
+        gang: whose members alone have slots here; None for all others.
+
     Attributes:
         capacity: tokens per slot.
         jobs: the generation in each slot.
@@ -101,9 +107,10 @@ class Slab:
         token, position: the next token to feed for each slot.
     """
 
-    def __init__(self, memory: Memory, capacity: int) -> None:
+    def __init__(self, memory: Memory, capacity: int, gang: LocalGang | None = None) -> None:
         self.memory = memory
         self.capacity = capacity
+        self.gang = gang
         self.jobs: list[Job] = []
         slots = max(1, NEW_SLAB_TOKENS // capacity)
         self._allocate(slots)
@@ -154,24 +161,37 @@ class Arena:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.slabs: dict[int, Slab] = {}
+        self.slabs: dict[tuple[int, LocalGang | None], Slab] = {}
 
     def place(self, job: Job, tokens: int) -> Slab:
-        """A slot with room for `tokens`; sets the job's slab and slot."""
-        capacity = SMALLEST_SLOT
-        while capacity < tokens:
+        """A slot with room for `tokens`; sets the job's slab and slot. All members of a gang are in one slab."""
+        gang, capacity = job.gang, SMALLEST_SLOT
+        while capacity < tokens or (gang is not None and gang.slab is not None and capacity < gang.slab.capacity):
             capacity *= 2
-        slab = self.slabs.get(capacity)
-        if slab is None:
-            slab = self.slabs[capacity] = Slab(self.memory, capacity)
+        if gang is not None and gang.slab is not None and gang.slab.capacity < capacity:
+            self._enlarge(gang.slab, capacity)
+        slab = self._slab(capacity, gang)
         job.slab, job.slot = slab, slab.add(job)
         return slab
 
-    def move(self, job: Job, tokens: int) -> None:
-        """Move a generation to a slot with room for `tokens`."""
+    def _slab(self, capacity: int, gang: LocalGang | None) -> Slab:
+        slab = self.slabs.get((capacity, gang))
+        if slab is None:
+            slab = self.slabs[capacity, gang] = Slab(self.memory, capacity, gang)
+        if gang is not None:
+            gang.slab = slab
+        return slab
+
+    def _enlarge(self, slab: Slab, capacity: int) -> None:
+        """Move everybody to slots of another capacity."""
+        new = self._slab(capacity, slab.gang)
+        for job in slab.jobs.copy():
+            self._move(job, new)
+
+    def _move(self, job: Job, new: Slab) -> None:
         old, i = job.slab, job.slot
         assert old is not None
-        new = self.place(job, tokens)
+        job.slab, job.slot = new, new.add(job)
         n, j = int(old.used[i]), job.slot
         new.keys[:, j, :, :n] = old.keys[:, i, :, :n]
         new.values[:, j, :, :n] = old.values[:, i, :, :n]
@@ -183,9 +203,12 @@ class Arena:
         moved = False
         for slab in list(self.slabs.values()):
             full = np.flatnonzero(slab.used[: len(slab.jobs)] >= slab.capacity)
-            for slot in full[::-1].tolist():  # from the end: the last slot moves into the gap
-                self.move(slab.jobs[slot], slab.capacity + 1)
-                moved = True
+            if slab.gang is not None and len(full):
+                self._enlarge(slab, 2 * slab.capacity)
+            else:
+                for slot in full[::-1].tolist():  # from the end: the last slot moves into the gap
+                    self._move(slab.jobs[slot], self._slab(2 * slab.capacity, None))
+            moved |= bool(len(full))
         return moved
 
     def leave(self, job: Job) -> None:
@@ -196,5 +219,8 @@ class Arena:
 
     def trim(self) -> None:
         """Give back slabs without a generation."""
-        for capacity in [capacity for capacity, slab in self.slabs.items() if not slab.jobs]:
-            self.slabs.pop(capacity).free()
+        for key in [key for key, slab in self.slabs.items() if not slab.jobs]:
+            slab = self.slabs.pop(key)
+            slab.free()
+            if slab.gang is not None and slab.gang.slab is slab:
+                slab.gang.slab = None
