@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "tiny-shape": {
-        "vocab_size": 256,
+        "vocab_size": 384,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -76,14 +76,17 @@ def token_bytes(folder: str, dtype: str) -> int:
 def _build(folder: Path, shape: dict[str, Any], dtype: str) -> None:
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**shape, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     module = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     module.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<end>", *alphabet, *(f"w{i}" for i in range(1 + len(alphabet), config.vocab_size))]
+    said = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    said.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    said.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=said, eos_token="<end>", pad_token="<end>")
     tokenizer.save_pretrained(folder)

@@ -187,3 +187,33 @@ def generate(
         shown = model + (f", {layers} layers" if layers else "")
         report = Report(f"End to end, {table}: {shown}, {dtype}", bench.COLUMNS, machine(), bench.NOTES)
         _show(report, bench.rows(ways, counts, repeats), out)
+
+
+@app.command()
+def hogwild(
+    model: Annotated[
+        str, typer.Option(help="qwen2.5-0.5b-shape (random weights), or a folder.")
+    ] = "qwen2.5-0.5b-shape",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
+    ] = None,
+    workers: Annotated[int, typer.Option(min=2, max=8, help="How many.")] = 4,
+    prompt: Annotated[int, typer.Option(min=8, help="Letters of the prompt.")] = 256,
+    tokens: Annotated[int, typer.Option(min=4, help="Of each worker.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")] = 3,
+    out: Out = None,
+) -> None:
+    """Workers in one concurrent cache, beside as many independent threads on the same engine."""
+    _begin(out, threads)
+    from orchestra.benchmarks import hogwild as bench
+    from orchestra.benchmarks.machine import machine
+    from orchestra.benchmarks.models import model_folder
+    from orchestra.benchmarks.report import Report
+
+    with model_folder(model, dtype, layers) as folder:
+        shown = model + (f", {layers} layers" if layers else "")
+        title = f"Hogwild: {workers} workers, {tokens} tokens each after {prompt} letters: {shown}, {dtype}"
+        report = Report(title, bench.COLUMNS, machine(), bench.NOTES)
+        _show(report, bench.rows(folder, dtype, workers, prompt, tokens, repeats), out)
