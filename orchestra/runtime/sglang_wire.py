@@ -10,11 +10,14 @@ from typing import Any
 
 from orchestra.runtime.engine import Delta, Sampling
 from orchestra.runtime.http import Fault, Refused, decode, raise_error
-from orchestra.runtime.remote import Sample
+from orchestra.runtime.remote import Sample, steering
 
 _INTEGER = frozenset({int})  # a bool is none
 _ERROR = b'{"error":'
 _UNFINISHED = b'"finish_reason":null'
+
+
+LEAST_BIAS = -1e9  # bans a token: JSON has no minus infinity, and the server adds what it is sent to its logits
 
 
 @lru_cache(maxsize=64)
@@ -34,6 +37,8 @@ def settings(sampling: Sampling) -> str:
         params["stop"] = list(sampling.stop)
     if sampling.stop_ids:
         params["stop_token_ids"] = list(sampling.stop_ids)
+    if sampling.needs:
+        params |= steering(sampling, least=LEAST_BIAS)
     asked = '"return_logprob":true,' if sampling.logprobs or sampling.top_logprobs else ""
     asked += f'"top_logprobs_num":{sampling.top_logprobs},' if sampling.top_logprobs else ""
     return f'{asked}"sampling_params":{json.dumps(params)[:-1]},'

@@ -17,6 +17,7 @@ from orchestra.graph import ThreadGraph
 from orchestra.runtime.engine import Delta, Sampling, Stream
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
 from orchestra.runtime.local.segments import Memory, Segment, Slab
+from orchestra.runtime.local.steering import Steering
 
 View = dict[int, int]
 """What a token attends to: node id to tokens."""
@@ -126,6 +127,7 @@ class Job:
         logprobs, top: of the tokens not delivered yet.
         cached: context tokens that were on the engine when the job came.
         done: it has ended; nothing more may be sent.
+        steering: penalties, bias and grammar; None for the model's own distribution.
     """
 
     graph: ThreadGraph
@@ -159,6 +161,7 @@ class Job:
     top: list[Mapping[int, float]] = field(default_factory=list)
     cached: int = 0
     done: bool = False
+    steering: Steering | None = None
 
     def accept(self, token: int, logprob: float, top: Mapping[int, float] | None) -> Delta | None:
         """Take a drawn token; returns the delta to deliver when a chunk is full or the generation ends."""
@@ -174,6 +177,8 @@ class Job:
                 return self.finish("stop", matched)
         if end is not None:
             return self.finish("stop", *end)
+        if self.steering is not None and self.steering.accept(token):
+            return self.finish("stop")
         if self.sampled == self.limit:
             return self.finish("length")
         if self.sampled - self.sent < self.chunk:
