@@ -306,10 +306,9 @@ class OpenAIEngine(RemoteEngine):
             "model": self.model,
             "temperature": sampling.temperature,
             **self._extras(sampling, call),
-            **self._steering(sampling),
+            **self._steering(sampling, chat=isinstance(root := _root_span(request), ChatSpan)),
         }
         most, count = sampling.max_tokens, None
-        root = _root_span(request)
         if isinstance(root, ChatSpan):
             path = "/chat/completions"
             body["messages"] = self._messages(request, root)
@@ -366,13 +365,15 @@ class OpenAIEngine(RemoteEngine):
             raise CapabilityError(f"{self.name} has no setting {', '.join(given)}; SGLang and vLLM have")
         return extras
 
-    def _steering(self, sampling: Sampling) -> dict[str, Any]:
+    def _steering(self, sampling: Sampling, *, chat: bool) -> dict[str, Any]:
         """Penalties, bias and grammar, as this server calls them; a schema is what all of them take in one way."""
         if not sampling.needs:
             return {}
         said = steering(sampling, least=_LEAST_BIAS)
-        if given := [] if self.flavour else [name for name in ("repetition_penalty", "regex") if name in said]:
-            raise CapabilityError(f"{self.name} has no setting {', '.join(given)}; SGLang and vLLM have")
+        unknown = {"repetition_penalty", "regex"} if chat else {"repetition_penalty", "regex", "json_schema"}
+        if not self.flavour and (given := sorted(unknown & said.keys())):
+            where = "" if chat else " for text prompts"
+            raise CapabilityError(f"{self.name} has no setting {', '.join(given)}{where}; SGLang and vLLM have")
         if schema := said.pop("json_schema", None):
             named = {"name": "answer", "schema": json.loads(schema), "strict": True}
             said["response_format"] = {"type": "json_schema", "json_schema": named}

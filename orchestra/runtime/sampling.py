@@ -11,6 +11,8 @@ from typing import Any
 
 from orchestra.errors import UsageError
 
+_BOTH = "a generation follows a json_schema or a regex, not both"
+
 
 class Capability(StrEnum):
     """What an engine can do beyond generating text from a prompt."""
@@ -106,6 +108,8 @@ def settled(values: Mapping[str, Any]) -> Sampling:
     if unknown:
         known = ", ".join(Sampling.__dataclass_fields__)
         raise UsageError(f"unknown sampling setting {', '.join(sorted(unknown))} (known: {known})")
+    if values.get("json_schema") is not None and values.get("regex") is not None:
+        raise UsageError(_BOTH)
     return Sampling(**normal(values))
 
 
@@ -172,7 +176,7 @@ def check(sampling: Sampling) -> str | None:
         if not bias < math.inf:
             return f"logit_bias must be a number or minus infinity, got {bias} for token {token}"
     if sampling.json_schema is not None and sampling.regex is not None:
-        return "a generation follows a json_schema or a regex, not both"
+        return _BOTH
     if sampling.regex == "":
         return "an empty regex would leave nothing to sample"
     return None

@@ -7,6 +7,7 @@ distribution.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Bools = npt.NDArray[np.bool_]
 
 _HEAD = '%llguidance {"no_forcing": true}\n'
+_WHITE_SPACE = {"whitespace_pattern": r"[ \n\t]+"}  # not carriage returns
 _COMPILED = 128  # grammars kept
 
 
@@ -106,16 +108,17 @@ class Grammars:
     def _compile(self, kind: str, text: str) -> Matching:
         from llguidance import LLMatcher, regex_to_lark
 
-        lark = f"start: /{regex_to_lark(text)}/" if kind == "regex" else f"start: %json {text}"
+        lark = f"start: /{regex_to_lark(text)}/" if kind == "regex" else f"start: %json {_with_options(text)}"
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(_HEAD + lark), log_level=0)
         begun = Matching(matcher, self._tokens.eos_tokens, self._vocabulary)
         shown = text if len(text) <= 60 else text[:57] + "..."
-        if trouble := begun.trouble:
-            raise UsageError(f"{kind} {shown} is refused: {trouble}")
-        if not begun.allowed.any():
-            raise UsageError(f"no token of this model can begin what satisfies the {kind} {shown}")
         if begun.finished:
             raise UsageError(f"only the empty text satisfies the {kind} {shown}")
+        if not begun.allowed.any():
+            trouble = begun.trouble
+            if trouble and not trouble.startswith("NoExtension"):
+                raise UsageError(f"{kind} {shown} is refused: {trouble}")
+            raise UsageError(f"no token of this model can begin what satisfies the {kind} {shown}")
         return begun
 
 
@@ -145,6 +148,12 @@ class _Texts:
 
     def __call__(self, text: str | bytes) -> list[int]:
         return []  # for forced text only, and nothing is forced
+
+
+def _with_options(schema: str) -> str:
+    """A schema with white space as SGLang's default library has it, unless it says otherwise itself."""
+    found = json.loads(schema)
+    return json.dumps({"x-guidance": _WHITE_SPACE} | found) if isinstance(found, dict) else schema
 
 
 def _line(error: str) -> str:
