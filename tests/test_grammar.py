@@ -119,9 +119,9 @@ def test_a_schema_may_be_a_model_a_dict_or_text(tiny, form):
 
 def test_constrained_tokens_follow_the_law(tiny):
     """The masked distribution, enumerated with the plain model: all tokenisations count, EOS only where it may."""
-    n, pattern, temperature = 1500, r"(th|t|the|in?)e?", 3.0
+    n, pattern, temperature = 1500, r"inner(in)?", 3.0
     words = {w: i for i, w in load_vocabulary(tiny).items()}
-    ids = {token: i for token, i in words.items() if token and all(c in "thein" for c in token)}
+    ids = {token: i for token, i in words.items() if token and all(c in "iner" for c in token)}
 
     async def main():
         async with opened(tiny, max_batch=256) as engine:
@@ -129,7 +129,7 @@ def test_constrained_tokens_follow_the_law(tiny):
 
     drawn = [tuple(delta.tokens) for delta in asyncio.run(main())]
     plain = load_plain(tiny)
-    language = {"th", "the", "thee", "t", "te", "i", "ie", "in", "ine"}
+    language = {"inner", "innerin"}
     prompt = [1, *(words[c] for c in "abc")]
 
     def law(own: list[int], text: str) -> dict[tuple[int, ...], float]:

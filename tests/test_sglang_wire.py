@@ -299,3 +299,4 @@ def test_a_body_says_what_sampling_says() -> None:
         "json_schema": "{}",
     }
     assert said(regex='"[a-z]"')["sampling_params"] == params | {"regex": '"[a-z]"'}
+    assert "return_logprob" not in said(regex="a", logprobs=True)  # they come from a scoring pass

@@ -359,7 +359,7 @@ class OpenAIEngine(RemoteEngine):
             extras["no_stop_trim" if self.flavour == "sglang" else "include_stop_str_in_output"] = True
             if self.flavour == "sglang" and len(call.samples) == 1:
                 extras["rid"] = call.rid
-            if sampling.logprobs:
+            if sampling.logprobs and not sampling.needs:  # else they come from a scoring pass
                 extras["logprobs"] = 1
         elif given := [key for key, value in known.items() if value is not None]:
             raise CapabilityError(f"{self.name} has no setting {', '.join(given)}; SGLang and vLLM have")

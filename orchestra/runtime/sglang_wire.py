@@ -39,8 +39,10 @@ def settings(sampling: Sampling) -> str:
         params["stop_token_ids"] = list(sampling.stop_ids)
     if sampling.needs:
         params |= steering(sampling, least=LEAST_BIAS)
-    asked = '"return_logprob":true,' if sampling.logprobs or sampling.top_logprobs else ""
-    asked += f'"top_logprobs_num":{sampling.top_logprobs},' if sampling.top_logprobs else ""
+    asked = ""
+    if _tells_logprobs(sampling):
+        asked = '"return_logprob":true,'
+        asked += f'"top_logprobs_num":{sampling.top_logprobs},' if sampling.top_logprobs else ""
     return f'{asked}"sampling_params":{json.dumps(params)[:-1]},'
 
 
@@ -141,7 +143,7 @@ class Reading:
             self._seen[index] = count
             self._shown[index] = len(text) if cumulative else shown + len(text)
             sampling = sample.request.sampling
-            if delta.count and (sampling.logprobs or sampling.top_logprobs or "output_token_logprobs" in meta):
+            if delta.count and (_tells_logprobs(sampling) or "output_token_logprobs" in meta):
                 _add_logprobs(delta, meta, sampling)
             if delta.count and not sample.count and not seen:  # told with every event
                 delta.cached_tokens = int(meta.get("cached_tokens") or 0)
@@ -159,6 +161,15 @@ class Reading:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise Fault(f"it sent an answer of another shape: {str(event)[:80]}") from error
         return delta, None
+
+
+def _tells_logprobs(sampling: Sampling) -> bool:
+    """Whether the server is asked for log-probabilities with the tokens.
+
+    Not if it changes the logits: what it told would not be the model's own, and a grammar that it refuses in a request
+    that asks for them ends the server (0.5.20).
+    """
+    return (sampling.logprobs or sampling.top_logprobs > 0) and not sampling.needs
 
 
 def _add_logprobs(delta: Delta, meta: Mapping[str, Any], sampling: Sampling) -> None:
