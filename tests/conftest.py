@@ -150,6 +150,21 @@ def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that often says special tokens, and ends."""
+    return save_model(tmp_path_factory.mktemp("tagged"), tags=True)
+
+
+@pytest.fixture(scope="session")
+def tagged_server(tagged: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same model on a real SGLang server, one for the session."""
+    from orchestra.runtime.sglang_server import SGLangServer
+
+    with started(SGLangServer, tagged, tmp_path_factory.mktemp("sglang") / "server.log") as running:
+        yield running
+
+
 @contextmanager
 def started(kind: Any, model: Any, log: Path, port: int = 0) -> Iterator[Any]:
     """A server of our own; where SGLang is not installed the test is skipped, or fails if it must not be."""
