@@ -50,17 +50,10 @@ def tiny_model(kind: str = "llama", heads: int = 4, key_heads: int = 2, vocabula
     import torch
     import transformers
 
-    names = {
-        "llama": "Llama",
-        "qwen2": "Qwen2",
-        "qwen3": "Qwen3",
-        "mistral": "Mistral",
-        "gemma": "Gemma",
-        "phi3": "Phi3",
-    }
-    if kind in ("mistral", "phi3"):
+    if kind in ("mistral", "phi3", "stablelm"):
         options = {"sliding_window": None, **options}
-    config = getattr(transformers, f"{names[kind]}Config")(
+    config = transformers.AutoConfig.for_model(
+        kind,
         **{
             "vocab_size": vocabulary,
             "hidden_size": 32,
@@ -76,12 +69,12 @@ def tiny_model(kind: str = "llama", heads: int = 4, key_heads: int = 2, vocabula
             "initializer_range": 0.3,
             "tie_word_embeddings": False,
             **options,
-        }
+        },
     )
     torch.manual_seed(7)
-    model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
+        model.get_output_embeddings().weight.mul_(2.0)
     return model
 
 

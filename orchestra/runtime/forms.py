@@ -49,7 +49,7 @@ ENGINES: tuple[EngineForm, ...] = (
         "local:PATH_OR_ID?dtype=bfloat16&device=cuda",
         "In-process PyTorch on a Hugging Face causal model; shared prefixes are stored and read once.",
         _ALL,
-        _PROCESS,
+        {"adapter": "folder of a PEFT adapter to merge into the model; PATH may also be an adapter itself", **_PROCESS},
     ),
     EngineForm(
         "sglang://HOST:PORT",

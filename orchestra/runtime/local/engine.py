@@ -44,6 +44,7 @@ class LocalEngine(Engine):
         prefill: most prompt tokens computed in one step; longer prompts take several, others go on decoding.
         memory: bytes of keys and values above which what nobody reads is evicted; None for no limit.
         copy_bytes: see `cache.COPY_BYTES`.
+        adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
 
@@ -60,6 +61,7 @@ class LocalEngine(Engine):
         prefill: int = 512,
         memory: int | None = None,
         copy_bytes: int = COPY_BYTES,
+        adapter: str | None = None,
         hint: str = "",
     ) -> None:
         if kernel not in KERNELS:
@@ -69,6 +71,7 @@ class LocalEngine(Engine):
                 raise UsageError(f"{name} must be at least 1, got {value}")
         self.name = f"local:{source}"
         self.source, self.dtype, self.device, self.kernel, self.hint = source, dtype, device, kernel, hint
+        self.adapter = adapter
         self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes)
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
@@ -93,7 +96,7 @@ class LocalEngine(Engine):
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
-                model = load_model(self.source, self.dtype, self.device)
+                model = load_model(self.source, self.dtype, self.device, self.adapter)
                 self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
                 self._worker = Worker(Scheduler(model, *self._scheduling))
@@ -246,7 +249,7 @@ class LocalEngine(Engine):
 
     def plain_model(self) -> Any:
         """The model with its own attention, loaded anew: what the parity law compares with."""
-        return load_plain(self.source, self.dtype)
+        return load_plain(self.source, self.dtype, adapter=self.adapter)
 
     async def close(self) -> None:
         """See `Engine.close`; generations in flight end as cancelled."""
