@@ -7,10 +7,8 @@ import asyncio
 import pytest
 from engines import opened, quiet, root
 
-from orchestra.errors import EngineError
 from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.runtime.engine import Request, Sampling
-from orchestra.runtime.local.model import load_plain
 from orchestra.testing import check_concurrent_parity
 
 WARM = Sampling(1.0, max_tokens=10, ignore_eos=True)
