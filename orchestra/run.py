@@ -56,6 +56,7 @@ class Event:
         after: at the start, the nodes it came after (context parents and waits).
         finish_reason: at the end.
         outcome: with the outcome.
+        beside: the node grows beside others that read it; its path without the last index is the worker's.
     """
 
     kind: Literal["start", "token", "end", "outcome"]
@@ -65,6 +66,7 @@ class Event:
     after: tuple[int, ...] = ()
     finish_reason: str | None = None
     outcome: Outcome | None = None
+    beside: bool = False
 
 
 class Generated(NamedTuple):
@@ -287,7 +289,7 @@ class Run:
         within = scope()
         depth = self.chains.depth(frontier.get() | {edge.parent for edge in context})
         levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
-        reservation = await Reservation.make(levels, sampling.max_tokens)
+        reservation = await Reservation.make(levels, sampling.max_tokens, wait=member is None)
         used = 0
         try:
             if member is None:
@@ -390,4 +392,5 @@ class Run:
     def _emit(self, kind: Literal["start", "token", "end"], node: Node, text: str = "") -> None:
         if self.listener is not None:
             after = tuple(self.graph.predecessors(node.id)) if kind == "start" else ()
-            self.listener(Event(kind, node.id, tuple(node.path), text, after, node.finish_reason))
+            path, beside = tuple(node.path), bool(node.views)
+            self.listener(Event(kind, node.id, path, text, after, node.finish_reason, beside=beside))

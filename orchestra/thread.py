@@ -19,6 +19,7 @@ from orchestra.threads import Threads
 
 if TYPE_CHECKING:
     from orchestra.budget import Budget
+    from orchestra.shared_cache import Headers, Layout, SharedCache
     from orchestra.strategies.base import Spec
 
 Join = Literal["auto", "reuse", "recompute"]
@@ -67,9 +68,10 @@ class Thread:
     @property
     def answer(self) -> str | None:
         """The answer recorded with the last generation, else the one in the text, as the run's task extracts it."""
-        return self._answer_in(self.text)
+        return self.answer_in(self.text)
 
-    def _answer_in(self, text: str) -> str | None:
+    def answer_in(self, text: str) -> str | None:
+        """The answer recorded with the last generation, else the one in `text`, as the run's task extracts it."""
         recorded: str | None = self._node.notes.get("answer") if self._node is not None else None
         return self._run.extract(text) if recorded is None else recorded
 
@@ -336,6 +338,16 @@ class Thread:
 
         return replace(base, _tail=(Later(seen, copies),)).append(text)
 
+    def shared(self, workers: int, layout: Layout = "combined", headers: Headers | None = None) -> SharedCache:
+        """Workers who go on from here side by side and read each other's tokens as they appear; see `SharedCache`.
+
+        Raises (when it is entered):
+            CapabilityError: the engine has no concurrent cache.
+        """
+        from orchestra.shared_cache import Headers, SharedCache
+
+        return SharedCache(self, workers, layout, headers or Headers())
+
     async def run(self, strategy: Spec, *, budget: Budget | None = None) -> Outcome:
         """Run a strategy from here, inside this run; its budget is part of the ones around it."""
         from orchestra.strategies.base import execute
@@ -366,7 +378,7 @@ class Thread:
         text, logprobs = self.text, self.logprobs
         return Candidate(
             text=text,
-            answer=self._answer_in(text),
+            answer=self.answer_in(text),
             weight=weight,
             finish_reason=self.finish_reason,
             tokens=self.sampled_tokens,

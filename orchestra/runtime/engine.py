@@ -163,14 +163,14 @@ class Gang(abc.ABC):
     """
 
     @abc.abstractmethod
-    def arrange(self, views: Mapping[int, Sequence[int]]) -> None:
+    def arrange(self, views: Mapping[int, Sequence[Edge]], settled: int = 0) -> None:
         """Say what concurrent nodes read from their next step on.
 
-        Nodes at the beginning of all views that have ended are settled: they keep their place from then on.
-
         Args:
-            views: concurrent node to the nodes that it reads, in the order in which they are placed one after another
-                from position 0; itself comes last and is not named. Nodes that nobody generates now are read in full.
+            views: concurrent node to the nodes that it reads and how many tokens of each, in the order in which they
+                are placed one after another from position 0; itself comes last and is not named. Of a node that is
+                being generated all is read, whatever the length.
+            settled: so many nodes at the beginning of all views have ended and keep their place from now on.
         """
 
     @abc.abstractmethod

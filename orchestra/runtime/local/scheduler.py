@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -213,12 +212,17 @@ class Scheduler:
         for job in [job for job in self.waiting if job.gang is not None and job.gang.jobs()]:
             self._place(job)  # the others of its gang wait for it
             self._prefilling.append(job)
-        running = sum(len(slab.jobs) for slab in self.arena.slabs.values() if slab.gang is None)
-        running += sum(gang.members for gang in self.gangs)
+        running = sum(len(slab.jobs) for slab in self.arena.slabs.values())
         if running and self.cache.full():
             return []  # those that run will end, and free what they hold
         candidates = []
-        for job in list(islice(self.waiting, max(0, self.max_batch - running))):
+        for job in list(self.waiting):
+            if job.gang is None:
+                running += 1
+            elif not job.gang.jobs():
+                running += job.gang.members  # a gang comes in as a whole
+            if running > self.max_batch:
+                break
             if job.forced and all(state.done >= n for state, n in job.context):
                 self._place(job)
                 self._prefilling.append(job)
