@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from engines import opened, root  # noqa: E402
+
+from orchestra.graph import Span, ThreadGraph  # noqa: E402
+from orchestra.runtime.engine import Request, Sampling  # noqa: E402
 from orchestra.runtime.local.model import load_plain  # noqa: E402
 from orchestra.runtime.local.sources import load_tokenizer  # noqa: E402
+from orchestra.testing import check_concurrent_parity  # noqa: E402
 from orchestra.training import dictation_probe, dictation_sft, tokenizer  # noqa: E402
 from orchestra.training.concurrent import concurrent_logits, concurrent_row  # noqa: E402
 from orchestra.training.config import read_config  # noqa: E402
@@ -81,6 +87,48 @@ def test_the_parallel_forward_expects_of_bob_what_he_wrote_in_lock_step(model, w
     bobs = [i for i, (node, index) in enumerate(zip(row.nodes, row.indices, strict=True)) if node == 2 and index > 0]
     assert [int(table[row.predecessors[i]].argmax()) for i in bobs] == ids[1][1:]
     assert score(alice, bob).right == TOKENS - 1
+
+
+async def dictate(engine, seed: int, share: bool) -> tuple[ThreadGraph, list[str]]:
+    """One run on the engine; the caller releases the graph."""
+    graph = ThreadGraph()
+    prompt, gang = await root(engine, graph, PROMPT), engine.gang(graph, 2)
+    nodes = [
+        graph.add_concurrent(waits=[], path=[i], spans=[await engine.encode(header)])
+        for i, header in enumerate(HEADERS)
+    ]
+    alice, bob = nodes
+    others = {alice.id: [bob.id], bob.id: [alice.id]} if share else {alice.id: [], bob.id: []}
+    gang.arrange({node: [prompt.id, *other] for node, other in others.items()})
+
+    async def work(node) -> str:
+        warm, text = Sampling(1.0, max_tokens=TOKENS, ignore_eos=True), ""
+        node.spans.append(sampled := Span("sampled"))
+        async for delta in engine.generate(Request(graph, node, warm, seed, tuple(node.path), gang=gang)):
+            sampled.tokens += delta.tokens
+            sampled.logprobs += delta.logprobs
+            sampled.count += delta.count
+            node.views = delta.views or node.views
+            text += delta.text
+        gang.leave()
+        return text
+
+    return graph, await asyncio.gather(*map(work, nodes))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_engine_lets_bob_follow_alice(model, share):
+    async def main() -> list[float]:
+        async with opened(str(MODEL)) as engine:
+            runs = await asyncio.gather(*(dictate(engine, seed, share) for seed in range(48)))
+            check_concurrent_parity(runs[0][0], model)
+            for graph, _ in runs:
+                await engine.release(graph)
+            return [score(*texts).right / (TOKENS - 1) for _, texts in runs]
+
+    rates = torch.tensor(asyncio.run(main()))
+    error = float(rates.std()) / len(rates) ** 0.5
+    assert rates.mean() > 0.95 if share else abs(rates.mean() - CHANCE) < 3 * error
 
 
 def test_words_are_tokens(words):
