@@ -14,10 +14,10 @@ import transformers
 
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
 from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
-from orchestra.runtime.local.cache import COPY_BYTES
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.grammar import Grammars
@@ -43,7 +43,7 @@ class LocalEngine(Engine):
         max_batch: most generations decoded at once.
         prefill: most prompt tokens computed in one step; longer prompts take several, others go on decoding.
         memory: bytes of keys and values above which what nobody reads is evicted; None for no limit.
-        copy_bytes: see `cache.COPY_BYTES`.
+        copy_bytes: see `attention.cost.COPY_BYTES`; 0 reads every context segment in place.
         adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
