@@ -40,6 +40,7 @@ STRATEGY = {
     "step_ends": [],
     "check_every": 0,
     "finish": "",
+    "ban": [],
 }
 """Options of `hogwild` that make its views those of the task."""
 WORDS = (*PROMPT.split(), *(header.strip() for header in HEADERS), WAIT, *LETTERS, *LETTERS.upper())
