@@ -10,12 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from engines import opened, root  # noqa: E402
-
-from orchestra.graph import Span, ThreadGraph  # noqa: E402
-from orchestra.runtime.engine import Request, Sampling  # noqa: E402
+import orchestra  # noqa: E402
 from orchestra.runtime.local.model import load_plain  # noqa: E402
 from orchestra.runtime.local.sources import load_tokenizer  # noqa: E402
+from orchestra.strategies import Hogwild  # noqa: E402
 from orchestra.testing import check_concurrent_parity  # noqa: E402
 from orchestra.training import dictation_probe, dictation_sft, tokenizer  # noqa: E402
 from orchestra.training.concurrent import concurrent_logits, concurrent_row  # noqa: E402
@@ -25,6 +23,7 @@ from orchestra.training.dictation import (  # noqa: E402
     HEADERS,
     MODEL,
     PROMPT,
+    STRATEGY,
     TOKENS,
     WORDS,
     build_graph,
@@ -89,46 +88,25 @@ def test_the_parallel_forward_expects_of_bob_what_he_wrote_in_lock_step(model, w
     assert score(alice, bob).right == TOKENS - 1
 
 
-async def dictate(engine, seed: int, share: bool) -> tuple[ThreadGraph, list[str]]:
-    """One run on the engine; the caller releases the graph."""
-    graph = ThreadGraph()
-    prompt, gang = await root(engine, graph, PROMPT), engine.gang(graph, 2)
-    nodes = [
-        graph.add_concurrent(waits=[], path=[i], spans=[await engine.encode(header)])
-        for i, header in enumerate(HEADERS)
-    ]
-    alice, bob = nodes
-    others = {alice.id: [bob.id], bob.id: [alice.id]} if share else {alice.id: [], bob.id: []}
-    gang.arrange({node: [prompt.id, *other] for node, other in others.items()})
+@pytest.mark.parametrize("layout", ["combined", "interleaved"])
+def test_the_strategy_lets_bob_follow_alice(model, layout):
+    # Interleaved workers see what others have finished; here nobody finishes before the end.
+    hogwild = Hogwild(layout=layout, max_tokens=TOKENS, **STRATEGY)
 
-    async def work(node) -> str:
-        warm, text = Sampling(1.0, max_tokens=TOKENS, ignore_eos=True), ""
-        node.spans.append(sampled := Span("sampled"))
-        async for delta in engine.generate(Request(graph, node, warm, seed, tuple(node.path), gang=gang)):
-            sampled.tokens += delta.tokens
-            sampled.logprobs += delta.logprobs
-            sampled.count += delta.count
-            node.views = delta.views or node.views
-            text += delta.text
-        gang.leave()
-        return text
+    async def main() -> list[str]:
+        async with orchestra.connect(f"local:{MODEL}") as engine:
+            runs = (engine.run(hogwild, PROMPT, temperature=1.0, seed=seed) for seed in range(48))
+            outcomes = await asyncio.gather(*runs)
+        check_concurrent_parity(outcomes[0].graph, model)
+        return [outcome.text for outcome in outcomes]
 
-    return graph, await asyncio.gather(*map(work, nodes))
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_the_engine_lets_bob_follow_alice(model, share):
-    async def main() -> list[float]:
-        async with opened(str(MODEL)) as engine:
-            runs = await asyncio.gather(*(dictate(engine, seed, share) for seed in range(48)))
-            check_concurrent_parity(runs[0][0], model)
-            for graph, _ in runs:
-                await engine.release(graph)
-            return [score(*texts).right / (TOKENS - 1) for _, texts in runs]
-
-    rates = torch.tensor(asyncio.run(main()))
+    runs = [text.split(HEADERS[1]) for text in asyncio.run(main())]
+    rates = torch.tensor([score(*run).right / (TOKENS - 1) for run in runs])
     error = float(rates.std()) / len(rates) ** 0.5
-    assert rates.mean() > 0.95 if share else abs(rates.mean() - CHANCE) < 3 * error
+    if layout == "combined":
+        assert rates.mean() > 0.95
+    else:
+        assert abs(rates.mean() - CHANCE) < 3 * error
 
 
 def test_words_are_tokens(words):
