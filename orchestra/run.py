@@ -284,6 +284,7 @@ class Run:
         engine = self.engine_for(alias)
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise UsageError(f"max_tokens is at least 1, not {sampling.max_tokens}")
+        self.check_settings(engine, sampling)
         if len(context) > 1:
             self._refuse_reuse(engine)
         within = scope()
@@ -310,6 +311,19 @@ class Run:
         frontier.set(frozenset((node.id,)))
         cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
         return Generated(node, len(node) - last.eos, last.matched, cut)
+
+    @staticmethod
+    def check_settings(engine: Engine, sampling: Sampling) -> None:
+        """Refuse settings that the engine would not follow.
+
+        Raises:
+            CapabilityError: it lacks what they need.
+        """
+        if missing := sorted(sampling.needs - engine.capabilities):
+            raise CapabilityError(
+                f"{engine.name} cannot do {', '.join(missing)}, which these sampling settings need; local:PATH and "
+                "sglang://HOST:PORT can"
+            )
 
     @staticmethod
     def _refuse_reuse(engine: Engine) -> None:

@@ -125,6 +125,11 @@ class SharedCache:
         """The token ids of `text`."""
         return [token for step in self.steps for token in step.node.tokens]
 
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        run, thread = self._run, self.thread._rooted
+        return [token for span in await encode(run, [], (text,), thread._alias) for token in span.tokens]
+
     def leave(self, worker: int) -> None:
         """A worker writes no more, and nobody waits for it; what it has written stays."""
         if worker not in self._here or self._gang is None:

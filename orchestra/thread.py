@@ -14,6 +14,7 @@ from orchestra.group import Future, member_of
 from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, Watch, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
+from orchestra.runtime.sampling import normal, settled
 from orchestra.stem import Later, Stem, Text, before_stop, copy, encode
 from orchestra.threads import Threads
 
@@ -202,19 +203,11 @@ class Thread:
     def sampling(self, **given: Any) -> Sampling:
         """The settings that a generation would have; see `generate`."""
         values = dict(self._defaults) | {key: value for key, value in given.items() if value is not None}
-        for key in ("stop", "stop_ids"):
-            if key in values:
-                values[key] = (values[key],) if isinstance(values[key], str | int) else tuple(values[key])
-        try:
-            return Sampling(**values)
-        except TypeError:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            unknown = ", ".join(sorted(values.keys() - Sampling.__dataclass_fields__.keys()))
-            raise UsageError(f"unknown sampling setting {unknown} (known: {known})") from None
+        return settled(values)
 
     def using(self, **sampling: Any) -> Thread:
         """Sampling settings for this thread and all that come from it, where the caller has set nothing."""
-        values = {key: value for key, value in sampling.items() if value is not None}
+        values = normal({key: value for key, value in sampling.items() if value is not None})
         return replace(self, _defaults=tuple((values | dict(self._defaults)).items()))
 
     async def before_stop(self) -> Thread:

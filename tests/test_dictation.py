@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import orchestra  # noqa: E402
 from orchestra.runtime.local.model import load_plain  # noqa: E402
 from orchestra.runtime.local.sources import load_tokenizer  # noqa: E402
+from orchestra.strategies import Hogwild  # noqa: E402
+from orchestra.testing import check_concurrent_parity  # noqa: E402
 from orchestra.training import dictation_probe, dictation_sft, tokenizer  # noqa: E402
 from orchestra.training.concurrent import concurrent_logits, concurrent_row  # noqa: E402
 from orchestra.training.config import read_config  # noqa: E402
@@ -19,6 +23,7 @@ from orchestra.training.dictation import (  # noqa: E402
     HEADERS,
     MODEL,
     PROMPT,
+    STRATEGY,
     TOKENS,
     WORDS,
     build_graph,
@@ -81,6 +86,27 @@ def test_the_parallel_forward_expects_of_bob_what_he_wrote_in_lock_step(model, w
     bobs = [i for i, (node, index) in enumerate(zip(row.nodes, row.indices, strict=True)) if node == 2 and index > 0]
     assert [int(table[row.predecessors[i]].argmax()) for i in bobs] == ids[1][1:]
     assert score(alice, bob).right == TOKENS - 1
+
+
+@pytest.mark.parametrize("layout", ["combined", "interleaved"])
+def test_the_strategy_lets_bob_follow_alice(model, layout):
+    # Interleaved workers see what others have finished; here nobody finishes before the end.
+    hogwild = Hogwild(layout=layout, max_tokens=TOKENS, **STRATEGY)
+
+    async def main() -> list[str]:
+        async with orchestra.connect(f"local:{MODEL}") as engine:
+            runs = (engine.run(hogwild, PROMPT, temperature=1.0, seed=seed) for seed in range(48))
+            outcomes = await asyncio.gather(*runs)
+        check_concurrent_parity(outcomes[0].graph, model)
+        return [outcome.text for outcome in outcomes]
+
+    runs = [text.split(HEADERS[1]) for text in asyncio.run(main())]
+    rates = torch.tensor([score(*run).right / (TOKENS - 1) for run in runs])
+    error = float(rates.std()) / len(rates) ** 0.5
+    if layout == "combined":
+        assert rates.mean() > 0.95
+    else:
+        assert abs(rates.mean() - CHANCE) < 3 * error
 
 
 def test_words_are_tokens(words):

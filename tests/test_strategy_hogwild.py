@@ -17,7 +17,7 @@ from orchestra.shared_cache import Headers
 from orchestra.testing import check_concurrent_parity
 from orchestra.testing.scripted import ScriptedEngine
 
-PLAIN = "instruct=False, past='', others='', own='', check_every=0, finish=''"
+PLAIN = "instruct=False, past='', others='', own='', check_every=0, finish='', ban_eos=False, ban=[]"
 LAYOUTS = ("combined", "interleaved", "contiguous")
 
 
@@ -61,7 +61,7 @@ def test_steps_end_at_an_empty_line_and_a_boxed_answer_ends_all():
 def test_what_a_worker_is_shown(layout):
     script = Lines([" one.\n\n", " two.\n\n", " $"], [" a b c d e.\n\n", " $"])
     headers = "past='PAST ', others='OTHERS ', own='OWN '"
-    spec = f"hogwild(instruct=False, layout='{layout}', {headers}, finish='', ban_eos=False, check_every=0)"
+    spec = f"hogwild(instruct=False, layout='{layout}', {headers}, finish='', ban_eos=False, ban=[], check_every=0)"
     run(script, spec)
     second = next(context for worker, context in script.shown if worker == 0 and "Alice [2]" in context)
     first = "Alice [1]: one.\n\n"
@@ -74,13 +74,13 @@ def test_what_a_worker_is_shown(layout):
 
 def test_a_step_goes_on_over_an_empty_line_in_code():
     script = Lines([" see ```\n x = 1.\n\n", " y = 2.\n\n", " ```.\n\n", " $"], [" $"])
-    outcome, _ = run(script, f"hogwild({PLAIN}, ban_eos=False)")
+    outcome, _ = run(script, f"hogwild({PLAIN})")
     assert ("Alice [1]: see ```\n x = 1.\n\n y = 2.\n\n ```.\n\nAlice [2]:") in outcome.text
 
 
 def test_a_step_that_is_cut_off_goes_on():
     script = Lines([" a b c", " d.\n\n", " $"], [" $"])
-    outcome, _ = run(script, f"hogwild({PLAIN}, step_tokens=3, ban_eos=False)")
+    outcome, _ = run(script, f"hogwild({PLAIN}, step_tokens=3)")
     assert "Alice [1]: a b c d.\n\nAlice [2]:" in outcome.text
     # The token that the cut left unread is read at the beginning of what goes on.
     cut = next(node for node in outcome.graph.nodes if node.text.startswith("Alice [1]"))
@@ -90,16 +90,14 @@ def test_a_step_that_is_cut_off_goes_on():
 
 def test_the_question_about_redundant_work_comes_in_the_next_step():
     script = Lines([" a b c d.\n\n", " e.\n\n", " f.\n\n", " $"], [" $"])
-    outcome, _ = run(
-        script, f"hogwild({PLAIN.replace('check_every=0', 'check_every=4')}, check=' Sure?', ban_eos=False)"
-    )
+    outcome, _ = run(script, f"hogwild({PLAIN.replace('check_every=0', 'check_every=4')}, check=' Sure?')")
     said = [text for text in steps(outcome) if text.startswith("Alice")]
     assert [("Sure?" in text) for text in said] == [False, True, False, True]
 
 
 def test_who_has_no_answer_is_asked_in_view_of_everything():
     script = Lines([" one.\n\n", " $"], [" two.\n\n", " $"])
-    spec = "hogwild(instruct=False, past='', others='', own='', ban_eos=False, finish=' Answer: \\\\boxed{')"
+    spec = "hogwild(instruct=False, past='', others='', own='', ban_eos=False, ban=[], finish=' Answer: \\\\boxed{')"
     outcome, engine = run(script, spec)
     assert outcome.answer == "5"
     asked = script.shown[-1][1]

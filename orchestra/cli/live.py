@@ -108,7 +108,7 @@ def _side_by_side(workers: dict[tuple[int, ...], list[_Row]], width: int, height
         lines = [
             piece
             for step in steps
-            for line in step.text.strip("\n").splitlines()
+            for line in step.text.strip().splitlines()
             for piece in (textwrap.wrap(line, room) or [""])
         ]
         cells.append(Text("\n".join(lines[-height + 2 :])))

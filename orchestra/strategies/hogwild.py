@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from contextlib import suppress
 
 from pydantic import Field
 
 from orchestra.answers import last_boxed
-from orchestra.errors import BudgetExceeded
+from orchestra.errors import BudgetExceeded, PromptError
 from orchestra.group import first_value
 from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Capability
@@ -54,7 +56,8 @@ class Hogwild(Strategy):
         step_ends: strings that end a step, outside of code.
         check_every: after so many tokens of all workers the next step begins with `check`; 0 for never.
         check: a question to oneself about redundant work.
-        ban_eos: go on after the end of sequence; else a worker that ends its text leaves.
+        ban_eos: nobody can end the text; else a worker that does leaves.
+        ban: further texts of a single token that nobody can write: the end of thinking, say.
         finish: what asks for the answer when nobody has given one; empty for nothing.
         finish_tokens: most tokens of that answer.
     """
@@ -77,8 +80,13 @@ class Hogwild(Strategy):
     check_every: int = Field(1024, ge=0)
     check: str = " Quick check: is somebody else doing this already? (yes/no):"
     ban_eos: bool = True
+    ban: list[str] = Field(default_factory=lambda: ["</think>"])
     finish: str = "\n\nOur answer: \\boxed{"
     finish_tokens: int = Field(64, ge=1)
+
+    def requirements(self) -> frozenset[Capability]:
+        """To ban tokens, if there are any."""
+        return super().requirements() | ({Capability.LOGIT_BIAS} if self.ban_eos or self.ban else frozenset())
 
     async def __call__(self, thread: Thread) -> Outcome:
         """What all have written, and the answer."""
@@ -88,7 +96,7 @@ class Hogwild(Strategy):
             (thread,) = thread.spawn([followed_by(thread.prompt, told)])
         headers = Headers(self.past, self.others, self.own)
         async with thread.shared(self.workers, self.layout, headers) as cache:
-            talk = _Talk(self, thread, cache)
+            talk = _Talk(self, thread, cache, await self._banned(thread, cache))
             try:
                 answer = await first_value([talk.work(worker) for worker in range(self.workers)])
                 if answer is None and self.finish:
@@ -100,6 +108,15 @@ class Hogwild(Strategy):
         outcome._thread = thread.append(cache.text, ids=cache.ids)
         return outcome
 
+    async def _banned(self, thread: Thread, cache: SharedCache) -> dict[int, float]:
+        """The bias of what nobody can write, on top of the thread's own."""
+        ids = set(thread.eos_ids) if self.ban_eos else set()
+        for text in self.ban:
+            with suppress(PromptError):  # no word of this model: it cannot write it
+                found = await cache.encode(text)
+                ids.update(found if len(found) == 1 else ())
+        return dict(thread.sampling().logit_bias) | dict.fromkeys(ids, -math.inf)
+
     def name_of(self, worker: int) -> str:
         """The worker's name; a number if there are too few."""
         return self.names[worker] if worker < len(self.names) else str(worker + 1)
@@ -108,8 +125,8 @@ class Hogwild(Strategy):
 class _Talk:
     """What the workers of one run share besides the cache."""
 
-    def __init__(self, strategy: Hogwild, thread: Thread, cache: SharedCache) -> None:
-        self._strategy, self._thread, self._cache = strategy, thread, cache
+    def __init__(self, strategy: Hogwild, thread: Thread, cache: SharedCache, bias: dict[int, float]) -> None:
+        self._strategy, self._thread, self._cache, self._bias = strategy, thread, cache, bias
         self._unchecked = 0  # tokens of all workers since one was last asked for redundant work
 
     async def work(self, worker: int) -> str | None:
@@ -125,7 +142,7 @@ class _Talk:
                     "" if text else self._header(worker, steps),
                     max_tokens=allowed,
                     stop=strategy.step_ends,
-                    ignore_eos=strategy.ban_eos,
+                    logit_bias=self._bias,
                 )
                 self._unchecked += step.count
                 text += step.generated

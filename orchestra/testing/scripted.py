@@ -65,7 +65,13 @@ class ScriptedEngine(Engine):
     """
 
     name = "scripted"
-    capabilities = frozenset(Capability) - {Capability.SCORE, Capability.TOP_LOGPROBS}
+    capabilities = frozenset(Capability) - {
+        Capability.SCORE,
+        Capability.TOP_LOGPROBS,
+        Capability.PENALTIES,
+        Capability.LOGIT_BIAS,
+        Capability.GRAMMAR,
+    }
 
     def __init__(
         self, script: Script | None = None, *, reuse_join: bool = True, rate: float = 1.0, top: Top | None = None

@@ -29,6 +29,20 @@ CHANCE = 1 / len(LETTERS)
 """Accuracy of a Bob who does not see Alice: her letters being equally likely, no guess is better than another."""
 TOKENS = 20
 """Words of each worker in a whole run."""
+STRATEGY = {
+    "workers": 2,
+    "names": ["alice", "bob"],
+    "header": " {name}:",
+    "instruct": False,
+    "past": "",
+    "others": "",
+    "own": "",
+    "step_ends": [],
+    "check_every": 0,
+    "finish": "",
+    "ban": [],
+}
+"""Options of `hogwild` that make its views those of the task."""
 WORDS = (*PROMPT.split(), *(header.strip() for header in HEADERS), WAIT, *LETTERS, *LETTERS.upper())
 
 

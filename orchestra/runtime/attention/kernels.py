@@ -44,7 +44,7 @@ def attend(
 
     Returns:
         The output `[batch, heads, queries, dim]` and the natural-log normaliser `[batch, heads, queries]` in float32.
-        With no keys at all: zeros and minus infinity, the neutral element of `merge`.
+        With no keys at all: zeros and minus infinity: a part of weight zero.
     """
     if key.shape[2] == 0:  # the CPU kernel divides by zero here and takes the process with it
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
@@ -54,23 +54,3 @@ def attend(
         if query.device.type == "cuda":
             return cuda.attend(query, key, value, scale, mask, causal)
     return reference.attend(query, key, value, scale, mask, causal, softcap)
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from the attention over each.
-
-    Args:
-        out_a: output over the first set, `[..., dim]`, any float type.
-        lse_a: its normaliser, `[...]`; minus infinity for an empty set.
-        out_b: output over the second set.
-        lse_b: its normaliser.
-
-    Returns:
-        Output and normaliser in float32.
-    """
-    top = torch.maximum(lse_a, lse_b)
-    top = torch.where(torch.isneginf(top), torch.zeros_like(top), top)  # both empty: weights 0, not nan
-    weight_a, weight_b = (lse_a - top).exp(), (lse_b - top).exp()
-    total = weight_a + weight_b
-    out = torch.addcmul(out_a * weight_a.unsqueeze(-1), out_b.float(), weight_b.unsqueeze(-1))
-    return out / total.clamp_min(1e-38).unsqueeze(-1), top + total.log()

@@ -329,7 +329,8 @@ class Scheduler:
             if slab.gang is not None:
                 slab.gang.read(pack, first)
         jobs += starts
-        return Stable(jobs, Batch([job.sampling for job in jobs], [job.key for job in jobs]), pack.groups())
+        batch = Batch([job.sampling for job in jobs], [job.key for job in jobs], [job.steering for job in jobs])
+        return Stable(jobs, batch, pack.groups())
 
     def _commit(self, pack: Pack) -> None:
         """Count what was computed, now that it is there."""
@@ -346,9 +347,15 @@ class Scheduler:
     def _draw(self, stable: Stable, logits: Tensor) -> None:
         positions = np.array([job.state.start + len(job.state.tokens) for job in stable.jobs])
         tokens, logprobs, top = stable.batch.draw(logits, positions)
-        self.sampled += len(tokens)
         ended = []
         for i, job in enumerate(stable.jobs):
+            if tokens[i] < 0:
+                assert job.steering is not None
+                error = EngineError(f"no token is left to go on with: {job.steering.stuck()}")
+                self.outbox += [(job, job.finish(None)), (job, error)]
+                ended.append(job)
+                continue
+            self.sampled += 1
             delta = job.accept(tokens[i], logprobs[i], None if top is None else top[i])
             if delta is not None:
                 self.outbox.append((job, delta))
