@@ -185,7 +185,9 @@ def generate(
             size = token_bytes(folder, dtype)
             ways = bench.tree(folder, dtype, many[0], _numbers(branches, "branches"), prompts[0], second, tokens, size)
         shown = model + (f", {layers} layers" if layers else "")
-        report = Report(f"End to end, {table}: {shown}, {dtype}", bench.COLUMNS, machine(), bench.NOTES)
+        facts = machine()
+        del facts["threads"]  # every row says its own
+        report = Report(f"End to end, {table}: {shown}, {dtype}", bench.COLUMNS, facts, bench.NOTES)
         _show(report, bench.rows(ways, counts, repeats), out)
 
 
