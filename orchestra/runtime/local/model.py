@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orchestra.errors import EngineError, UsageError
 from orchestra.runtime.attention.plan import Chunk, Plan, Write
+from orchestra.runtime.local.lean import Lean, lean_forward
 from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
 from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
@@ -24,6 +25,10 @@ ATTENTION = "orchestra_segments"
 """Name of our function in the transformers attention interface."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+FORWARDS = ("auto", "transformers")
+"""Lean where that is known to give the same (see `lean`), or always the module's own: the oracle."""
 
 # What an attention call may bring without changing its meaning here. Anything else that is set is refused by name.
 _HARMLESS = frozenset({"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"})
@@ -74,6 +79,7 @@ class LoadedModel:
         eos: ids that end a sequence.
         memory: the shape of its keys and values.
         rotary: how it rotates queries and keys; None if not as `Rotary` can follow (then it cannot play Hogwild).
+        lean: its forward in fewer calls; None to use the module's own.
     """
 
     module: Any
@@ -83,6 +89,7 @@ class LoadedModel:
     eos: frozenset[int]
     memory: Memory
     rotary: Rotary | None = None
+    lean: Lean | None = None
 
     def fingerprint(self) -> str:
         """Tells models apart, wherever they lie: a hash of every parameter's name, shape and some of its values."""
@@ -104,6 +111,8 @@ class LoadedModel:
         Returns:
             Logits `[len(keep), vocabulary]`.
         """
+        if self.lean is not None:
+            return self.lean(tokens, positions, keep, plan)
         plan.layers_run = 0
         logits: Tensor = self.module(
             input_ids=tokens.unsqueeze(0),
@@ -158,8 +167,14 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-def load_model(source: str, dtype: str, device: str) -> LoadedModel:
+def load_model(source: str, dtype: str, device: str, forward: str = "auto") -> LoadedModel:
     """Load a model and its tokenizer from a folder, or by id from the Hugging Face cache or hub.
+
+    Args:
+        source: folder or id.
+        dtype: one of `DTYPES`.
+        device: a torch device.
+        forward: see `FORWARDS`.
 
     Raises:
         UsageError: no such folder or model, unknown dtype or device, or an architecture that the plan cannot run.
@@ -197,6 +212,8 @@ def load_model(source: str, dtype: str, device: str) -> LoadedModel:
     model = LoadedModel(module, tokenizer, source, text.max_position_embeddings, _eos(module, tokenizer), memory)
     _probe(model)
     model.rotary = find_rotary(module, memory.layers)
+    if forward == "auto":
+        model.lean = lean_forward(model)
     return model
 
 
