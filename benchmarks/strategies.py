@@ -50,6 +50,7 @@ LINES = {
 UNTAUGHT = {
     "async_think": "to fork and join",
     "budget_forcing": "to think between tags",
+    "hogwild": "to work together",
     "map_reduce": "to write plans",
     "pdr": "to read drafts",
     "refine": "to read an earlier answer",

@@ -56,6 +56,7 @@ class Event:
         after: at the start, the nodes it came after (context parents and waits).
         finish_reason: at the end.
         outcome: with the outcome.
+        beside: the node grows beside others that read it; its path without the last index is the worker's.
     """
 
     kind: Literal["start", "token", "end", "outcome"]
@@ -65,6 +66,7 @@ class Event:
     after: tuple[int, ...] = ()
     finish_reason: str | None = None
     outcome: Outcome | None = None
+    beside: bool = False
 
 
 class Generated(NamedTuple):
@@ -282,12 +284,13 @@ class Run:
         engine = self.engine_for(alias)
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise UsageError(f"max_tokens is at least 1, not {sampling.max_tokens}")
+        self.check_settings(engine, sampling)
         if len(context) > 1:
             self._refuse_reuse(engine)
         within = scope()
         depth = self.chains.depth(frontier.get() | {edge.parent for edge in context})
         levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
-        reservation = await Reservation.make(levels, sampling.max_tokens)
+        reservation = await Reservation.make(levels, sampling.max_tokens, wait=member is None)
         used = 0
         try:
             if member is None:
@@ -308,6 +311,19 @@ class Run:
         frontier.set(frozenset((node.id,)))
         cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
         return Generated(node, len(node) - last.eos, last.matched, cut)
+
+    @staticmethod
+    def check_settings(engine: Engine, sampling: Sampling) -> None:
+        """Refuse settings that the engine would not follow.
+
+        Raises:
+            CapabilityError: it lacks what they need.
+        """
+        if missing := sorted(sampling.needs - engine.capabilities):
+            raise CapabilityError(
+                f"{engine.name} cannot do {', '.join(missing)}, which these sampling settings need; local:PATH and "
+                "sglang://HOST:PORT can"
+            )
 
     @staticmethod
     def _refuse_reuse(engine: Engine) -> None:
@@ -390,4 +406,5 @@ class Run:
     def _emit(self, kind: Literal["start", "token", "end"], node: Node, text: str = "") -> None:
         if self.listener is not None:
             after = tuple(self.graph.predecessors(node.id)) if kind == "start" else ()
-            self.listener(Event(kind, node.id, tuple(node.path), text, after, node.finish_reason))
+            path, beside = tuple(node.path), bool(node.views)
+            self.listener(Event(kind, node.id, path, text, after, node.finish_reason, beside=beside))

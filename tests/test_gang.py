@@ -7,10 +7,8 @@ import asyncio
 import pytest
 from engines import opened, quiet, root
 
-from orchestra.errors import EngineError
 from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.runtime.engine import Request, Sampling
-from orchestra.runtime.local.model import load_plain
 from orchestra.testing import check_concurrent_parity
 
 WARM = Sampling(1.0, max_tokens=10, ignore_eos=True)
@@ -25,20 +23,21 @@ class Side:
         self.history, self.now = [], {}
         self.before = []
 
-    def views(self):
+    def arrange(self):
         found = {}
         for worker, node in self.now.items():
             others = [other for w, other in sorted(self.now.items()) if w != worker]
             if self.layout == "interleaved":
                 others = []
-            found[node] = [*self.before, *self.history, *others]
-        return found
+            nodes = self.graph.nodes
+            found[node] = [Edge(i, len(nodes[i])) for i in (*self.before, *self.history, *others)]
+        self.gang.arrange(found, len(self.before) + len(self.history))
 
     async def step(self, worker, text, seed, sampling=WARM):
         span = await self.engine.encode(text)
         node = self.graph.add_concurrent(waits=[], path=[worker, len(self.graph.nodes)], spans=[span])
         self.now[worker] = node.id
-        self.gang.arrange(self.views())
+        self.arrange()
         node.spans.append(Span("sampled"))
         stream = self.engine.generate(Request(self.graph, node, sampling, seed, tuple(node.path), gang=self.gang))
         async for delta in stream:
@@ -66,6 +65,7 @@ async def run(engine, layout, workers, steps, *, prompt="the answer is", seed=1)
             text = f" worker {worker} step {i}:" if i else f" {'abc'[worker % 3]}:"
             sampling = Sampling(1.0, max_tokens=4 + (3 * worker + 5 * i) % 9, ignore_eos=True)
             await side.step(worker, text, seed, sampling)
+        side.arrange()
         side.gang.leave()
 
     await asyncio.gather(*(work(worker) for worker in range(workers)))

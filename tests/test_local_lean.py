@@ -29,6 +29,7 @@ KNOWN = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {}),
+    "mistral, windows": ("mistral", {"sliding_window": 6}),
     "gemma": ("gemma", {}),
     "phi3": ("phi3", {}),
     "phi3, partial rotary": (
@@ -48,14 +49,15 @@ def logits(model: LoadedModel, keep: np.ndarray | None = None) -> torch.Tensor:
     """Of a row of 40 tokens that no check at load has seen."""
     keys, values = (model.memory.allocate(model.memory.heads, 40) for _ in range(2))
     plan = Plan(40, chunks=[Chunk.over(0, 40, keys, values)], writes=[Write(0, 40, keys, values)])
+    plan.positions = torch.arange(100, 140)
     tokens = torch.randint(0, 267, (40,), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
-        return model.forward(tokens, torch.arange(100, 140), keep, plan).float()
+        return model.forward(tokens, plan.positions, keep, plan).float()
 
 
 @pytest.mark.parametrize("folder", KNOWN, indirect=True)
 def test_logits_equal_those_of_the_modules_own_forward(folder):
-    ours, theirs = (load_model(folder, "float32", "cpu", forward) for forward in ("auto", "transformers"))
+    ours, theirs = (load_model(folder, "float32", "cpu", forward=forward) for forward in ("auto", "transformers"))
     assert ours.lean is not None
     assert theirs.lean is None
     expected = logits(theirs)
@@ -67,8 +69,8 @@ def test_logits_equal_those_of_the_modules_own_forward(folder):
 
 @pytest.mark.parametrize("folder", KNOWN, indirect=True)
 def test_bfloat16_is_as_near_to_float32_as_the_modules_own_forward(folder):
-    exact = logits(load_model(folder, "float32", "cpu", "transformers"))
-    ours, theirs = (load_model(folder, "bfloat16", "cpu", forward) for forward in ("auto", "transformers"))
+    exact = logits(load_model(folder, "float32", "cpu", forward="transformers"))
+    ours, theirs = (load_model(folder, "bfloat16", "cpu", forward=forward) for forward in ("auto", "transformers"))
     assert ours.lean is not None
     assert (logits(ours) - exact).norm() <= 1.2 * (logits(theirs) - exact).norm()
 
@@ -87,7 +89,7 @@ def test_weights_are_held_once_and_the_module_reads_them_too(folder, dtype):
     assert sum(held.values()) == sum(part.nbytes for part in plain.parameters())
     for (name, ours), (_, theirs) in zip(model.module.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-    assert model.fingerprint() == load_model(folder, dtype, "cpu", "transformers").fingerprint()
+    assert model.fingerprint() == load_model(folder, dtype, "cpu", forward="transformers").fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def changed(folder, monkeypatch, change, forward):
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", patched)
-        return load_model(folder, "float32", "cpu", forward)
+        return load_model(folder, "float32", "cpu", forward=forward)
 
 
 def test_a_wrong_lean_forward_is_not_used(tiny, monkeypatch):

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import tiny_model
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from orchestra.runtime.local.model import ATTENTION, segment_attention
+from orchestra.runtime.local.interface import ATTENTION
+from orchestra.runtime.local.listen import listen
 from orchestra.runtime.local.rotary import find_rotary
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 512}
@@ -35,10 +35,9 @@ MODELS = [
 
 
 def found(model, dtype=torch.float32):
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, segment_attention)
     model = model.to(dtype)
     model.config._attn_implementation = ATTENTION
-    return find_rotary(model, model.config.num_hidden_layers)
+    return find_rotary(model, listen(model))
 
 
 def rotated(model, x, positions):

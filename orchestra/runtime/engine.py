@@ -6,12 +6,13 @@ import abc
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from typing import Any, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph, View
 from orchestra.runtime.clock import REAL, Clock
+from orchestra.runtime.sampling import Capability as Capability
+from orchestra.runtime.sampling import Sampling as Sampling
 
 
 class Message(TypedDict):
@@ -22,50 +23,6 @@ class Message(TypedDict):
 
 
 Prompt = str | Sequence[Message]
-
-
-class Capability(StrEnum):
-    """What an engine can do beyond generating text from a prompt."""
-
-    CONTINUE = "continue"  # go on after any text the orchestrator wrote
-    LOGPROBS = "logprobs"  # raw log-probabilities of sampled tokens
-    TOP_LOGPROBS = "top_logprobs"  # and of the most likely alternatives
-    SCORE = "score"  # log-probabilities of given text
-    SEED = "seed"  # sampling is a function of (seed, fork path, position)
-    CUT = "cut"  # a thread may leave a node in the middle
-    REUSE_JOIN = "reuse_join"  # branches become context of one node, nothing is recomputed
-    CONCURRENT_CACHE = "concurrent_cache"  # generations in lock-step read each other while they grow
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How to draw tokens, and when to stop.
-
-    Attributes:
-        temperature: 0 is greedy (ties to the lowest id).
-        top_k, top_p, min_p: truncations, in this order; 0, 1 and 0 are off.
-        max_tokens: most tokens to sample; None: as many as the context has room for.
-        stop: strings that end the generation. They are looked for with special tokens shown, whether the text shows
-            them or not, and stay in the text, which ends with them even if their last token goes on.
-        stop_ids: token ids that do the same.
-        ignore_eos: go on after the model's end-of-sequence token.
-        logprobs: report log-probabilities; engines for which they cost nothing always do.
-        top_logprobs: how many alternatives to report per token.
-        skip_special_tokens: leave special tokens out of the text. Models whose tags are special tokens need False. The
-            text of an end-of-sequence token is left out in either case.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-    top_logprobs: int = 0
-    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +120,14 @@ class Gang(abc.ABC):
     """
 
     @abc.abstractmethod
-    def arrange(self, views: Mapping[int, Sequence[int]]) -> None:
+    def arrange(self, views: Mapping[int, Sequence[Edge]], settled: int = 0) -> None:
         """Say what concurrent nodes read from their next step on.
 
-        Nodes at the beginning of all views that have ended are settled: they keep their place from then on.
-
         Args:
-            views: concurrent node to the nodes that it reads, in the order in which they are placed one after another
-                from position 0; itself comes last and is not named. Nodes that nobody generates now are read in full.
+            views: concurrent node to the nodes that it reads and how many tokens of each, in the order in which they
+                are placed one after another from position 0; itself comes last and is not named. Of a node that is
+                being generated all is read, whatever the length.
+            settled: so many nodes at the beginning of all views have ended and keep their place from now on.
         """
 
     @abc.abstractmethod

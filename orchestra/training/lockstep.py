@@ -83,17 +83,20 @@ class LockStep:
             length = len(known) if length is None else length
             if length > len(known):
                 raise UsageError(f"{name} reads {length} tokens of {block}, which has {len(known)}")
-            keys += [self._turn(key, place) for place, key in enumerate(known[:length], len(keys))]
+            keys += known[:length]
             values += self._values[block][layer][:length]
-        query = self._turn(query, len(keys) - 1)
-        groups = query.shape[1] // keys[0].shape[1]
-        key, value = (torch.stack(part, 2).repeat_interleave(groups, 1) for part in (keys, values))
-        scores = torch.einsum("bhd,bhnd->bhn", query, key) * scale
-        return torch.einsum("bhn,bhnd->bhd", scores.softmax(-1), value).flatten(1)
+        # The place of a key is its number in the view.
+        places = torch.arange(len(keys))
+        key, value = self._turn(torch.stack(keys, 2), places), torch.stack(values, 2)
+        query = self._turn(query.unsqueeze(2), places[-1:])
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        weights = (query @ key.transpose(-1, -2) * scale).softmax(-1)
+        return (weights @ value).flatten(1)
 
-    def _turn(self, x: Tensor, position: int) -> Tensor:
-        """Rotate `[batch, heads, dimensions]` to a position as the model itself would, its scaling included."""
-        cos, sin = self._model.rotary_emb(x, torch.tensor([[position]]))
+    def _turn(self, x: Tensor, places: Tensor) -> Tensor:
+        """Rotate `[batch, heads, tokens, dimensions]` to `[tokens]` as the model itself would, its scaling included."""
+        cos, sin = self._model.rotary_emb(x, places.unsqueeze(0))
         one, other = x.chunk(2, -1)
         turned: Tensor = x * cos + torch.cat([-other, one], -1) * sin
         return turned

@@ -7,13 +7,9 @@ live job or score may still read is pinned. Everything that is dropped can be co
 from __future__ import annotations
 
 from orchestra.graph import ThreadGraph
+from orchestra.runtime.attention.cost import in_place
 from orchestra.runtime.local.jobs import Context, Job, NodeState, Run, Snapshot
 from orchestra.runtime.local.segments import Arena, Memory, Segment
-
-COPY_BYTES = 1024 * 1024
-"""A context segment is copied in front of its readers' tails when all copies together take at most so many bytes of a
-layer; else it is read in place, once for all readers. Measured on one core with 4 heads of 32: a separate read costs
-about 150 microseconds a layer, in which the copies' 9 GB/s read 1.4 MB."""
 
 
 class Cache:
@@ -22,7 +18,7 @@ class Cache:
     Args:
         memory: the shape of keys and values, and their bytes.
         limit: bytes above which `evict` drops what nobody reads; None for no limit.
-        copy_bytes: see `COPY_BYTES`; 0 reads every context segment in place.
+        copy_bytes: see `attention.cost`; 0 reads every context segment in place.
 
     Attributes:
         arena: the slots of running generations.
@@ -36,7 +32,7 @@ class Cache:
         self.runs: dict[int, Run] = {}
         self.tokens = 0
         # In a slot of a windowed model stands nothing but the node itself: its positions are then consecutive.
-        self._copy_tokens = 0 if memory.windows else copy_bytes * memory.layers // memory.token_bytes
+        self._copy_bytes = 0 if memory.windows else copy_bytes
         self._clock = 0
 
     def full(self) -> bool:
@@ -73,13 +69,14 @@ class Cache:
     def place(self, job: Job) -> None:
         """Give a generation a slot: the short part of its context is copied to the head, the rest read in place."""
         head: Context = []
-        room = self._copy_tokens
+        token_bytes = self.memory.token_bytes // self.memory.layers
+        room = self._copy_bytes // token_bytes
         for state, length in job.context:
-            if length * state.readers <= self._copy_tokens and length <= room:
+            if length > room or in_place(length, state.readers, token_bytes, self._copy_bytes):
+                job.inplace.append((state, length))
+            else:
                 head.append((state, length))
                 room -= length
-            else:
-                job.inplace.append((state, length))
         state = job.state
         if state.computed:  # an earlier reader had the node's forced tokens computed; the last is fed again for logits
             job.fed = min(state.computed, job.forced - 1)

@@ -14,17 +14,20 @@ import transformers
 
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Stream
+from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
-from orchestra.runtime.local.cache import COPY_BYTES
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
+from orchestra.runtime.local.grammar import Grammars
 from orchestra.runtime.local.jobs import Job, Score, Snapshot
 from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, load_plain
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
+from orchestra.runtime.local.steering import Steering
 from orchestra.runtime.local.worker import Worker
+from orchestra.runtime.sampling import check
 
 _CHUNK = 16  # tokens from the worker's thread at a time, when nobody looks at them one by one
 
@@ -41,7 +44,8 @@ class LocalEngine(Engine):
         max_batch: most generations decoded at once.
         prefill: most prompt tokens computed in one step; longer prompts take several, others go on decoding.
         memory: bytes of keys and values above which what nobody reads is evicted; None for no limit.
-        copy_bytes: see `cache.COPY_BYTES`.
+        copy_bytes: see `attention.cost.COPY_BYTES`; 0 reads every context segment in place.
+        adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
 
@@ -59,6 +63,7 @@ class LocalEngine(Engine):
         prefill: int = 512,
         memory: int | None = None,
         copy_bytes: int = COPY_BYTES,
+        adapter: str | None = None,
         hint: str = "",
     ) -> None:
         if kernel not in KERNELS:
@@ -70,13 +75,14 @@ class LocalEngine(Engine):
                 raise UsageError(f"{name} must be at least 1, got {value}")
         self.name = f"local:{source}"
         self.source, self.dtype, self.device, self.kernel, self.hint = source, dtype, device, kernel, hint
-        self.forward = forward
+        self.adapter, self.forward = adapter, forward
         self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes)
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
         self._prompts: Prompts | None = None
         self._worker: Worker | None = None
         self._endings: dict[tuple[str, ...], Endings] = {}
+        self._grammars: Grammars | None = None  # made for the first generation that has one
         self._closed = False
 
     async def open(self) -> Self:
@@ -94,7 +100,7 @@ class LocalEngine(Engine):
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
-                model = load_model(self.source, self.dtype, self.device, self.forward)
+                model = load_model(self.source, self.dtype, self.device, self.adapter, self.forward)
                 self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
                 self._worker = Worker(Scheduler(model, *self._scheduling))
@@ -139,7 +145,7 @@ class LocalEngine(Engine):
 
     def _job(self, request: Request, stream: Stream, model: LoadedModel, prompts: Prompts, worker: Worker) -> Job:
         graph, node, sampling = request.graph, request.node, request.sampling
-        if (wrong := sampler.check(sampling)) is not None:
+        if (wrong := check(sampling)) is not None:
             raise UsageError(wrong)
         view, snapshots, before = _look(worker, graph, node)
         forced = snapshots[-1].tokens
@@ -178,7 +184,8 @@ class LocalEngine(Engine):
             request.chunk or _CHUNK,
             Detokenizer(decode, before_it),
             finder,
-            request.gang if isinstance(request.gang, LocalGang) else None,
+            gang=request.gang if isinstance(request.gang, LocalGang) else None,
+            steering=self._steering(sampling, model, prompts),
         )
 
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
@@ -191,6 +198,17 @@ class LocalEngine(Engine):
         if not 1 <= members <= most:
             raise UsageError(f"a gang has 1 to {most} members (max_batch), not {members}")
         return worker.gang(graph, members, model.context, model.rotary)
+
+    def _steering(self, sampling: Sampling, model: LoadedModel, prompts: Prompts) -> Steering | None:
+        """What changes a generation's logits; None if nothing does."""
+        if not sampling.needs:
+            return None
+        vocabulary: int = model.module.config.get_text_config().vocab_size
+        if wrong := [token for token, _ in sampling.logit_bias if not 0 <= token < vocabulary]:
+            raise UsageError(f"logit_bias names token {wrong[0]}; {self.name} has tokens 0 to {vocabulary - 1}")
+        if Capability.GRAMMAR in sampling.needs and self._grammars is None:
+            self._grammars = Grammars(model.tokenizer, prompts, vocabulary, model.eos)
+        return Steering(sampling, self._grammars.start(sampling) if self._grammars is not None else None)
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """See `Engine.score`. The first token of a root, or of a reuse join, is predicted by nothing: 0."""
@@ -236,7 +254,7 @@ class LocalEngine(Engine):
 
     def plain_model(self) -> Any:
         """The model with its own attention, loaded anew: what the parity law compares with."""
-        return load_plain(self.source, self.dtype)
+        return load_plain(self.source, self.dtype, adapter=self.adapter)
 
     async def close(self) -> None:
         """See `Engine.close`; generations in flight end as cancelled."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from orchestra.graph import Read, ThreadGraph, View
+from orchestra.graph import Edge, Read, ThreadGraph, View
 from orchestra.runtime.engine import Gang
 from orchestra.runtime.local.jobs import Context, Job, NodeState, Run, Snapshot
 from orchestra.runtime.local.segments import Memory, Segment
@@ -66,9 +66,8 @@ class Past:
         assert self.segment is not None
         return self.segment.keys[:, :, :length], self.segment.values[:, :, :length]
 
-    def take(self, state: NodeState, place: int) -> None:
-        """Copy a node, turned to `place`."""
-        n = len(state.tokens)
+    def take(self, state: NodeState, n: int, place: int) -> None:
+        """Copy the first `n` tokens of a node, turned to `place`."""
         keys, values = state.reads(n)
         if self.segment is None:
             self.segment = Segment(self.memory, max(64, n))
@@ -111,10 +110,11 @@ class LocalGang(Gang):
         self.slab: Slab | None = None
         self._worker, self._cache = worker, cache
         self._run: Run | None = None
-        self._orders: dict[int, tuple[int, ...]] = {}
+        self._orders: dict[int, tuple[Edge, ...]] = {}
         self._pinned: dict[int, Context] = {}  # ordinary nodes in somebody's order, with what they read
         self._held: list[NodeState] = []  # members that have ended: what they read is not there any more
-        self._settled = 0  # nodes at the beginning of every order that stay where they are
+        self._stay = 0  # nodes at the beginning of every order that stay where they are
+        self._settled = 0  # how many of them have been moved there
         self._kept: list[Placed] = []  # those of them that are read where they were computed
         self._span = 0  # their tokens
         self._past = Past(cache.memory, rotary)
@@ -122,17 +122,17 @@ class LocalGang(Gang):
 
     # -- on the event loop ---------------------------------------------------------------------------------------
 
-    def arrange(self, views: Mapping[int, Sequence[int]]) -> None:
+    def arrange(self, views: Mapping[int, Sequence[Edge]], settled: int = 0) -> None:
         """See `Gang.arrange`."""
         graph, snapshots = self.graph, []
-        for i in {i for order in views.values() for i in order}:
+        for i in {edge.parent for order in views.values() for edge in order}:
             if graph.nodes[i].views:
                 continue  # concurrent: known from its generation
             for j in (*graph.view(graph.nodes[i].context), i):
                 node = graph.nodes[j]
                 snapshots.append(Snapshot(j, node.start, graph.view(node.context), node.tokens))
         orders = {node: tuple(order) for node, order in views.items()}
-        self._worker.post(lambda: self._arrange(orders, snapshots))
+        self._worker.post(lambda: self._arrange(orders, snapshots, settled))
 
     def leave(self) -> None:
         """See `Gang.leave`."""
@@ -140,12 +140,13 @@ class LocalGang(Gang):
 
     # -- on the worker's thread ----------------------------------------------------------------------------------
 
-    def _arrange(self, orders: dict[int, tuple[int, ...]], snapshots: list[Snapshot]) -> None:
+    def _arrange(self, orders: dict[int, tuple[Edge, ...]], snapshots: list[Snapshot], settled: int) -> None:
         self._run = run = self._cache.learn(self.graph, snapshots)
         for seen in snapshots:
             if seen.id not in self._pinned:
                 self._pinned[seen.id] = self._cache.pin(run, {**seen.view, seen.id: len(seen.tokens)})
         self._orders |= orders
+        self._stay = settled
         self._version += 1
 
     def close(self) -> None:
@@ -172,19 +173,26 @@ class LocalGang(Gang):
         """The ordinary nodes that members read, and what those read, by id."""
         needed: dict[int, tuple[NodeState, int]] = {}
         for job in self.jobs():
-            for i in self._order(job)[self._settled :]:
+            for i, _ in self._order(job)[self._settled :]:
                 needed.update({other.id: (other, n) for other, n in self._pinned.get(i, ())})
         return [needed[i] for i in sorted(needed)]
 
     def wrong(self) -> str | None:
         """Why the gang cannot go on, or None."""
+        first = None
         for job in self.jobs():
-            if job.state.id not in self._orders:
+            order = self._orders.get(job.state.id)
+            if order is None:
                 return f"nobody has said what concurrent node {job.state.id} reads"
-            for i in self._order(job)[self._settled :]:
+            first = order[: self._stay] if first is None else first
+            if order[: self._stay] != first or len(first) < self._stay:
+                return f"concurrent node {job.state.id} does not read first what is settled"
+            for place, (i, _) in enumerate(order[self._settled :], self._settled):
                 state = self._nodes.get(i)
                 if state is None or (i not in self._pinned and state.reading is None and state.job not in self.jobs()):
                     return f"concurrent node {job.state.id} reads node {i}, which has not been generated with its gang"
+                if place < self._stay and state.job is not None:
+                    return f"node {i} is being generated; it cannot be settled"
         return None
 
     @property
@@ -192,22 +200,21 @@ class LocalGang(Gang):
         assert self._run is not None  # arranged
         return self._run.nodes
 
-    def _order(self, job: Job) -> tuple[int, ...]:
+    def _order(self, job: Job) -> tuple[Edge, ...]:
         return self._orders[job.state.id]
 
     def settle(self) -> None:
-        """Move nodes that have ended, and that everybody reads first, to where they will stay."""
-        orders = [self._order(job) for job in self.jobs()]
-        while all(len(order) > self._settled for order in orders):
-            first = {order[self._settled] for order in orders}
-            state = self._nodes[first.pop()]
-            n = len(state.tokens)
-            if first or state.job is not None or state.done < n:
-                return
+        """Move the nodes that stay to where they do."""
+        order = self._order(self.jobs()[0])
+        while self._settled < self._stay:
+            i, n = order[self._settled]
+            state = self._nodes[i]
+            if state.done < n:
+                return  # its last token is computed in this step
             if state.start == self._span:
                 self._kept.append(Placed(state, n, self._span))
             else:
-                self._past.take(state, self._span)
+                self._past.take(state, n, self._span)
                 self._cache.tokens += n
                 if state.id not in self._pinned:  # a concurrent node: nobody else reads it
                     self._cache.drop(state)
@@ -219,12 +226,12 @@ class LocalGang(Gang):
     def feed(self, pack: Pack) -> None:
         """Compute the last tokens of members that have ended, each with what it was reading then."""
         for job in self.jobs():
-            for i in self._order(job)[self._settled :]:
+            for i, n in self._order(job)[self._settled :]:
                 state = self._nodes[i]
                 if state.reading is None or state.job is not None or state in pack.filled:
                     continue
-                if state.done < len(state.tokens):
-                    rows = pack.add_fill(state, [], len(state.tokens) - state.done)
+                if state.done < n:
+                    rows = pack.add_fill(state, [], n - state.done)
                     self._plan(pack, state, state.reading, rows)
                     for placed in state.reading.reads:
                         pack.read(placed.state, placed.length, rows, self._turn(state, state.reading, placed))
@@ -239,7 +246,7 @@ class LocalGang(Gang):
         jobs = self.jobs()
         assert self.slab is not None
         grown = {job.state: n for job, n in zip(jobs, pack.grown(self.slab), strict=True)}
-        readings = [self._reading(job, lambda state: grown.get(state, len(state.tokens))) for job in jobs]
+        readings = [self._reading(job, lambda state, n: grown.get(state, n)) for job in jobs]
         # Whom everybody reads is read by one product for all; anything else by separate ones.
         mutual = all(sum(placed.state in grown for placed in r.reads) == len(jobs) - 1 for r in readings)
         turns = [[0] * len(jobs) for _ in jobs]
@@ -271,11 +278,11 @@ class LocalGang(Gang):
         """By how much the queries of `state` are turned to see a node at its place, and themselves at theirs."""
         return reading.place - state.start - placed.place + placed.state.base
 
-    def _reading(self, job: Job, length: Callable[[NodeState], int]) -> Reading:
+    def _reading(self, job: Job, length: Callable[[NodeState, int], int]) -> Reading:
         reads, place = [], self._span
-        for i in self._order(job)[self._settled :]:
+        for i, n in self._order(job)[self._settled :]:
             state = self._nodes[i]
-            reads.append(Placed(state, length(state), place))
+            reads.append(Placed(state, length(state, n), place))
             place += reads[-1].length
         return Reading(reads, place, len(self._kept), self._past.length)
 
@@ -296,7 +303,7 @@ class LocalGang(Gang):
         job.expected = self._version, [n + more for n, more in zip(lengths, grows, strict=True)]
 
     def _steady(self, job: Job) -> list[Read]:
-        return [Read(i, len(self._nodes[i].tokens)) for i in self._order(job)[: self._settled]]
+        return [Read(i, n) for i, n in self._order(job)[: self._settled]]
 
     def end(self, job: Job) -> None:
         """A member has ended: keep what it reads now, for its tokens that were not fed, and record it."""
@@ -304,6 +311,8 @@ class LocalGang(Gang):
             return
         job.state.readers += 1
         self._held.append(job.state)
-        job.state.reading = reading = self._reading(job, lambda state: state.done)
+        job.state.reading = reading = self._reading(
+            job, lambda state, n: state.done if state.job else min(n, state.done)
+        )
         if job.fed < len(job.state.tokens):
             job.views.append(View(job.fed, self._steady(job) + [Read(p.state.id, p.length) for p in reading.reads]))

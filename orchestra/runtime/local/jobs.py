@@ -19,6 +19,7 @@ from orchestra.graph import View as Concurrent
 from orchestra.runtime.engine import Delta, Sampling, Stream
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
 from orchestra.runtime.local.segments import Memory, Segment, Slab
+from orchestra.runtime.local.steering import Steering
 
 if TYPE_CHECKING:
     from orchestra.runtime.local.gang import LocalGang, Past, Reading
@@ -146,6 +147,7 @@ class Job:
         gang: of a concurrent node.
         views: of a concurrent node, so far; `expected` is what its next token reads if nothing changes.
         done: it has ended; nothing more may be sent.
+        steering: penalties, bias and grammar; None for the model's own distribution.
     """
 
     graph: ThreadGraph
@@ -182,6 +184,7 @@ class Job:
     views: list[Concurrent] = field(default_factory=list)
     expected: tuple[int, list[int]] | None = None
     done: bool = False
+    steering: Steering | None = None
 
     def accept(self, token: int, logprob: float, top: Mapping[int, float] | None) -> Delta | None:
         """Take a drawn token; returns the delta to deliver when a chunk is full or the generation ends."""
@@ -197,6 +200,8 @@ class Job:
                 return self.finish("stop", matched)
         if end is not None:
             return self.finish("stop", *end)
+        if self.steering is not None and self.steering.accept(token):
+            return self.finish("stop")
         if self.sampled == self.limit:
             return self.finish("length")
         if self.sampled - self.sent < self.chunk:

@@ -12,15 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestra.runtime.attention.plan import Plan
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest error of a turned vector relative to the model's own, in length. Models round cos and sin to their type."""
+from orchestra.runtime.local.listen import SAME, Heard, difference
 
 ANGLE_ERROR = 2.0**-22
-"""What that grows by per position: angles are float32 products."""
-
-_SHIFTS = (1, 2, 3, 7, 17, 40, 97)
+"""How much further off a turned vector may be per position: angles are float32 products."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +35,9 @@ class Rotation:
         """Leading dimensions of a head that rotate; those behind them carry no position."""
         return 2 * len(self.frequencies)
 
-    def turn(self, x: Tensor, delta: Tensor) -> Tensor:
+    def turn(self, x: Tensor, by: Tensor) -> Tensor:
         """See `Rotary.turn`."""
-        angle = (delta.unsqueeze(-1).float() * self.frequencies).unsqueeze(-2)
+        angle = (by.unsqueeze(-1).float() * self.frequencies).unsqueeze(-2)
         cos, sin = angle.cos(), angle.sin()
         moving, still = x[..., : self.width].float(), x[..., self.width :]
         if self.interleaved:
@@ -64,77 +59,44 @@ class Rotary:
 
     layers: tuple[Rotation | None, ...]
 
-    def turn(self, x: Tensor, delta: Tensor, layer: int) -> Tensor:
+    def turn(self, x: Tensor, by: Tensor, layer: int) -> Tensor:
         """Move rotated queries or keys by a number of positions.
 
         A pure rotation: a factor on rotated vectors (YaRN's attention scaling) is in `x` already, and stays.
 
         Args:
             x: `[..., heads, dim]`, rotated for some position.
-            delta: how much further on, may be negative; int64 `[...]`.
+            by: how much further on, may be negative; int64 `[...]`.
             layer: index of the layer.
 
         Returns:
-            `x` as the model would have rotated it for that position plus `delta`; computed in float32, in the type of
-            `x`.
+            `x` as the model would have rotated it for that position plus `by`; computed in float32, in the type of `x`.
         """
         rotation = self.layers[layer]
-        return x if rotation is None else rotation.turn(x, delta)
+        return x if rotation is None else rotation.turn(x, by)
 
 
-class _Capture(Plan):
-    """Keeps what attention is asked, and lets every token see itself only: so no token knows its own position."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(rows)
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor:
-        self.seen[layer] = query, key
-        return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-
-
-@torch.inference_mode()
-def find_rotary(module: Any, layers: int) -> Rotary | None:
-    """Learn, and so verify, how a model rotates: one forward of a few tokens, each at two positions.
+def find_rotary(module: Any, heard: Heard) -> Rotary | None:
+    """Learn, and so verify, how a model rotates.
 
     Args:
-        module: a causal model that runs on our attention function.
-        layers: how many it has.
+        module: the model.
+        heard: what it asked of attention.
 
     Returns:
         None if some layer does anything else with positions than to rotate by a difference.
     """
-    device = next(module.parameters()).device
-    config = module.config.get_text_config()
-    n = len(_SHIFTS) + 1
-    tokens = torch.arange(n, device=device) * (config.vocab_size // n)
-    first = torch.arange(n, device=device)
-    furthest = max(1, config.max_position_embeddings - n)  # some models scale queries from some position on
-    delta = torch.tensor((*_SHIFTS, furthest), device=device).clamp(max=furthest)
-    capture = _Capture(2 * n)
-    module(
-        input_ids=tokens.repeat(2).unsqueeze(0),
-        position_ids=torch.cat((first, first + delta)).unsqueeze(0),
-        use_cache=False,
-        logits_to_keep=1,
-        orchestra_plan=capture,
-    )
     candidates: list[Rotation | None] = [None]
     for frequencies in _frequencies(module):
         for turns in (frequencies, -frequencies):  # a few models turn the other way round
             candidates += [Rotation(turns, False), Rotation(turns, True)]
     found: list[Rotation | None] = []
-    for layer in range(layers):
-        if layer not in capture.seen:
+    for asked in heard.layers:
+        errors = [max(_error(candidate, x, heard.by) for x in (asked.query, asked.key)) for candidate in candidates]
+        least = min(errors)
+        if not least <= 1:
             return None
-        error, _, best = min(
-            (max(_error(candidate, x, delta) for x in capture.seen[layer]), i, candidate)
-            for i, candidate in enumerate(candidates)
-        )
-        if not error <= 1:
-            return None
-        found.append(best)
+        found.append(candidates[errors.index(least)])
     return Rotary(tuple(found))
 
 
@@ -149,11 +111,10 @@ def _frequencies(module: Any) -> list[Tensor]:
     return found
 
 
-def _error(rotation: Rotation | None, x: Tensor, delta: Tensor) -> float:
-    """Of the worst token and head, in tolerances. `x` `[2 * tokens, heads, dim]`: first as it is, then further on."""
-    before, after = x.chunk(2)
+def _error(rotation: Rotation | None, x: Tensor, by: Tensor) -> float:
+    """Of the worst token and head, in tolerances; `x` `[2, tokens, heads, dim]`: as it is, and further on."""
+    before, after = x
     if rotation is not None and rotation.width > x.shape[-1]:
         return float("inf")
-    turned = before if rotation is None else rotation.turn(before, delta)
-    off = (turned.float() - after.float()).norm(dim=-1) / after.float().norm(dim=-1).clamp_min(1e-30)
-    return float((off / (TOLERANCE[x.dtype] + ANGLE_ERROR * delta.unsqueeze(-1))).max())
+    turned = before if rotation is None else rotation.turn(before, by)
+    return float((difference(turned, after) / (SAME[x.dtype] + ANGLE_ERROR * by.unsqueeze(-1))).max())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -213,12 +212,17 @@ class Scheduler:
         for job in [job for job in self.waiting if job.gang is not None and job.gang.jobs()]:
             self._place(job)  # the others of its gang wait for it
             self._prefilling.append(job)
-        running = sum(len(slab.jobs) for slab in self.arena.slabs.values() if slab.gang is None)
-        running += sum(gang.members for gang in self.gangs)
+        running = sum(len(slab.jobs) for slab in self.arena.slabs.values())
         if running and self.cache.full():
             return []  # those that run will end, and free what they hold
         candidates = []
-        for job in list(islice(self.waiting, max(0, self.max_batch - running))):
+        for job in list(self.waiting):
+            if job.gang is None:
+                running += 1
+            elif not job.gang.jobs():
+                running += job.gang.members  # a gang comes in as a whole
+            if running > self.max_batch:
+                break
             if job.forced and all(state.done >= n for state, n in job.context):
                 self._place(job)
                 self._prefilling.append(job)
@@ -325,7 +329,8 @@ class Scheduler:
             if slab.gang is not None:
                 slab.gang.read(pack, first)
         jobs += starts
-        return Stable(jobs, Batch([job.sampling for job in jobs], [job.key for job in jobs]), pack.groups())
+        batch = Batch([job.sampling for job in jobs], [job.key for job in jobs], [job.steering for job in jobs])
+        return Stable(jobs, batch, pack.groups())
 
     def _commit(self, pack: Pack) -> None:
         """Count what was computed, now that it is there."""
@@ -342,9 +347,15 @@ class Scheduler:
     def _draw(self, stable: Stable, logits: Tensor) -> None:
         positions = np.array([job.state.start + len(job.state.tokens) for job in stable.jobs])
         tokens, logprobs, top = stable.batch.draw(logits, positions)
-        self.sampled += len(tokens)
         ended = []
         for i, job in enumerate(stable.jobs):
+            if tokens[i] < 0:
+                assert job.steering is not None
+                error = EngineError(f"no token is left to go on with: {job.steering.stuck()}")
+                self.outbox += [(job, job.finish(None)), (job, error)]
+                ended.append(job)
+                continue
+            self.sampled += 1
             delta = job.accept(tokens[i], logprobs[i], None if top is None else top[i])
             if delta is not None:
                 self.outbox.append((job, delta))
