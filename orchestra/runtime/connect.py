@@ -56,6 +56,7 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
     "dtype": str,
     "device": str,
     "kernel": str,
+    "forward": str,
     "max_batch": int,
     "prefill": int,
     "memory": int,

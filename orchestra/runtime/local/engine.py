@@ -22,7 +22,7 @@ from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.grammar import Grammars
 from orchestra.runtime.local.jobs import Job, Score, Snapshot
-from orchestra.runtime.local.model import LoadedModel, load_model, load_plain
+from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, load_plain
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
 from orchestra.runtime.local.steering import Steering
@@ -40,6 +40,7 @@ class LocalEngine(Engine):
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device.
         kernel: `auto`, or `reference` (slow, the oracle).
+        forward: `auto`, or `transformers` (the module's own, the oracle of the lean one).
         max_batch: most generations decoded at once.
         prefill: most prompt tokens computed in one step; longer prompts take several, others go on decoding.
         memory: bytes of keys and values above which what nobody reads is evicted; None for no limit.
@@ -57,6 +58,7 @@ class LocalEngine(Engine):
         dtype: str = "float32",
         device: str = "cpu",
         kernel: str = "auto",
+        forward: str = "auto",
         max_batch: int = 128,
         prefill: int = 512,
         memory: int | None = None,
@@ -66,12 +68,14 @@ class LocalEngine(Engine):
     ) -> None:
         if kernel not in KERNELS:
             raise UsageError(f"unknown kernel {kernel!r} (known: {', '.join(KERNELS)})")
+        if forward not in FORWARDS:
+            raise UsageError(f"unknown forward {forward!r} (known: {', '.join(FORWARDS)})")
         for name, value in (("max_batch", max_batch), ("prefill", prefill)):
             if value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         self.name = f"local:{source}"
         self.source, self.dtype, self.device, self.kernel, self.hint = source, dtype, device, kernel, hint
-        self.adapter = adapter
+        self.adapter, self.forward = adapter, forward
         self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes)
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
@@ -96,7 +100,7 @@ class LocalEngine(Engine):
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
-                model = load_model(self.source, self.dtype, self.device, self.adapter)
+                model = load_model(self.source, self.dtype, self.device, self.adapter, self.forward)
                 self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
                 self._worker = Worker(Scheduler(model, *self._scheduling))
@@ -243,6 +247,7 @@ class LocalEngine(Engine):
             "dtype": self.dtype,
             "device": self.device,
             "kernel": self.kernel,
+            "forward": "transformers" if model.lean is None else "lean",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

@@ -7,6 +7,7 @@ than a separate call. When the node ends, its tail is sealed into a `Segment` of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,15 +50,26 @@ class Memory:
         """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
 
-    def allocate(self, *shape: int) -> Tensor:
-        """Uninitialised keys or values `[layers, *shape, dim]`, counted until `free`."""
-        tensor = torch.empty(self.layers, *shape, self.dim, dtype=self.dtype, device=self.device)
+    def allocate(self, *shape: int, zero: bool = False) -> Tensor:
+        """Keys or values `[layers, *shape, dim]`, counted until `free`; uninitialised unless `zero`."""
+        make = _zeros if zero else torch.empty
+        tensor = make((self.layers, *shape, self.dim), dtype=self.dtype, device=self.device)
         self.bytes += tensor.nbytes
         return tensor
 
     def free(self, *tensors: Tensor) -> None:
         """Stop counting tensors that the caller drops."""
         self.bytes -= sum(tensor.nbytes for tensor in tensors)
+
+
+def _zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU from calloc, so that pages that nobody writes to are never touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size, line = math.prod(shape) * dtype.itemsize, 64
+    raw = np.zeros(size + line, np.uint8)
+    start = -raw.ctypes.data % line
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 class Segment:
@@ -120,8 +132,8 @@ class Slab:
 
     def _allocate(self, slots: int) -> None:
         # Zeros, not garbage: masked columns still enter the products, and 0 x nan is nan.
-        self.keys = self.memory.allocate(slots, self.memory.heads, self.capacity).zero_()
-        self.values = self.memory.allocate(slots, self.memory.heads, self.capacity).zero_()
+        self.keys = self.memory.allocate(slots, self.memory.heads, self.capacity, zero=True)
+        self.values = self.memory.allocate(slots, self.memory.heads, self.capacity, zero=True)
 
     def add(self, job: Job) -> int:
         """Give a generation the next slot, growing the slab if it is full."""
