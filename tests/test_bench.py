@@ -116,6 +116,14 @@ def test_bench_hogwild_prints_each_layout_beside_independent_threads(capsys):
         assert words_of(shown, f"hogwild, {layout}")[2] == "12"
 
 
+def test_bench_client_prints_ours_beside_a_bare_loop(capsys):
+    assert main(["bench", "client", "--samples", "4", "--milliseconds", "5", "--repeats", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "CPU, s per 1000" in shown
+    assert len(words_of(shown, "bare aiohttp")) == 6  # no ratio to itself
+    assert words_of(shown, "Orchestra")[1] == "self_consistency(samples=4)"
+
+
 def test_a_missing_figure_is_a_dash_in_table_and_page():
     columns = (Column("name", "name"), Column("rate", "rate", ".1f"))
     facts = {"cpu": "one", "cores": 1, "threads": 1, "torch": "2", "load": 0.0}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from orchestra.benchmarks.report import processor
 
 _ENOUGH = 30.0
 
@@ -33,18 +32,7 @@ class Limits(NamedTuple):
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
     """The processor (and graphics card), threads, load and versions."""
-    model = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    found = {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    found = processor() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if device is not None and device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
     return found

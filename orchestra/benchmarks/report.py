@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+def processor() -> dict[str, Any]:
+    """The processor, the load and the version of Python."""
+    model = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    load = round(os.getloadavg()[0], 1)
+    return {"cpu": model, "cores": os.cpu_count(), "load": load, "python": platform.python_version()}
 
 
 class Column(NamedTuple):
@@ -72,5 +84,7 @@ class Report:
 
     def _ground(self) -> str:
         facts = self.machine
-        where = facts.get("device") or f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads"
-        return f"{where}; torch {facts['torch']}; load {facts['load']} before."
+        where = facts.get("device") or f"{facts['cpu']}, {facts['cores']} cores"
+        threads = f", {facts['threads']} threads" if "threads" in facts else ""
+        version = f"torch {facts['torch']}" if "torch" in facts else f"Python {facts['python']}"
+        return f"{where}{threads}; {version}; load {facts['load']} before."

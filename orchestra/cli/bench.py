@@ -185,7 +185,9 @@ def generate(
             size = token_bytes(folder, dtype)
             ways = bench.tree(folder, dtype, many[0], _numbers(branches, "branches"), prompts[0], second, tokens, size)
         shown = model + (f", {layers} layers" if layers else "")
-        report = Report(f"End to end, {table}: {shown}, {dtype}", bench.COLUMNS, machine(), bench.NOTES)
+        facts = machine()
+        del facts["threads"]  # every row says its own
+        report = Report(f"End to end, {table}: {shown}, {dtype}", bench.COLUMNS, facts, bench.NOTES)
         _show(report, bench.rows(ways, counts, repeats), out)
 
 
@@ -217,3 +219,20 @@ def hogwild(
         title = f"Hogwild: {workers} workers, {tokens} tokens each after {prompt} letters: {shown}, {dtype}"
         report = Report(title, bench.COLUMNS, machine(), bench.NOTES)
         _show(report, bench.rows(folder, dtype, workers, prompt, tokens, repeats), out)
+
+
+@app.command()
+def client(
+    samples: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 256,
+    milliseconds: Annotated[float, typer.Option(min=0, help="The server takes for each.")] = 205.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions that count.")] = 7,
+    out: Out = None,
+) -> None:
+    """What our client costs beside a bare aiohttp loop, on a server that only waits."""
+    if out is not None:
+        options.check_writable(out)
+    from orchestra.benchmarks import client as bench
+    from orchestra.benchmarks.report import Report, processor
+
+    report = Report(f"Client: {samples} completions at once", bench.COLUMNS, processor(), bench.NOTES)
+    _show(report, bench.rows(samples, milliseconds, repeats), out)

@@ -22,12 +22,12 @@ __all__ = ["Chunk", "Plan", "Shared", "Tails", "Write"]
 class Reads:
     """The reads of a kind of layer, and where each puts its part.
 
-    A row that is in several reads has as many parts. Part n of all rows lies in `outs[n]`, so that one softmax over the
-    normalisers merges everything.
+    A row that is in several reads has as many parts. Part n of all rows lies in `outs[n]`, so that all rows are merged
+    together.
 
     Attributes:
         reads: what to do.
-        places: of each read: where its rows go in `[parts * rows]`, or the first row of a stretch of first parts.
+        places: of each read: where its rows go in `[parts * rows]`, or the first place if one follows the other.
         parts: most parts of a row.
     """
 
@@ -55,7 +55,7 @@ class Reads:
                 count[group] += 1
             found = torch.cat(place)
             first, n = int(found[0]), len(found)
-            stretch = first + n <= rows and bool((found == torch.arange(first, first + n)).all())
+            stretch = bool((found == torch.arange(first, first + n)).all())
             places.append(first if stretch else found.to(device))
         return cls(reads, places, max(1, int(count.max())))
 
@@ -65,7 +65,7 @@ class Reads:
         if len(self.reads) == 1 and self.parts == 1:
             whole = self.reads[0].read(layer, query, scoring, rotary).out
             if len(whole) == rows:
-                return whole.to(query.dtype)
+                return whole.reshape(query.shape).to(query.dtype)
         if self.outs is None or self.outs.shape[2:] != query.shape[1:]:
             # What no part is put into stays zero, with weight zero, in every layer.
             self.outs = torch.zeros(self.parts, rows, heads, dim, device=query.device)
@@ -73,16 +73,19 @@ class Reads:
         outs, lses = self.outs, self.lses
         assert lses is not None
         for read, place in zip(self.reads, self.places, strict=True):
-            part = read.read(layer, query, scoring, rotary)
+            out, lse = read.read(layer, query, scoring, rotary)
             if isinstance(place, int):
-                outs[0, place : place + len(part.out)] = part.out
-                lses[0, place : place + len(part.out)] = part.lse
+                outs.view(-1, heads, dim)[place : place + len(out)].view(out.shape).copy_(out)
+                lses.view(-1, heads)[place : place + len(out)] = lse
             else:
-                outs.view(-1, heads, dim).index_copy_(0, place, part.out.float())
-                lses.view(-1, heads).index_copy_(0, place, part.lse)
-        if self.parts == 1:
-            return outs[0].to(query.dtype)
-        return (outs * lses.softmax(0).unsqueeze(-1)).sum(0).to(query.dtype)
+                outs.view(-1, heads, dim).index_copy_(0, place, out.reshape(-1, heads, dim).float())
+                lses.view(-1, heads).index_copy_(0, place, lse)
+        # Every row has a first part, so there is no difference of two infinities.
+        merged, normaliser = outs[0], lses[0]
+        for n in range(1, self.parts):
+            merged = merged.lerp(outs[n], (lses[n] - normaliser).sigmoid_().unsqueeze(-1))
+            normaliser = normaliser.logaddexp(lses[n])
+        return merged.to(query.dtype, copy=self.parts == 1)
 
 
 @dataclass(slots=True, eq=False)

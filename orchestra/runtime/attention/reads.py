@@ -44,7 +44,12 @@ class Scoring(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Attention over a part of the keys: `[rows, heads, dim]`, and the log of the normaliser, `[rows, heads]`."""
+    """Attention over a part of the keys, and the log of the normaliser.
+
+    Attributes:
+        out: `[rows, heads, dim]`; or `[rows, key heads, groups, dim]`, which spares whoever copies it a copy.
+        lse: `[rows, heads]`.
+    """
 
     out: Tensor
     lse: Tensor
@@ -91,7 +96,7 @@ class Shared:
             kernel=scoring.kernel,
         )
         return Attended(
-            out.view(key_heads, readers, groups, dim).transpose(0, 1).reshape(readers, heads, dim),
+            out.view(key_heads, readers, groups, dim).transpose(0, 1),
             lse.view(key_heads, readers, groups).transpose(0, 1).reshape(readers, heads),
         )
 

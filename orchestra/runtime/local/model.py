@@ -27,6 +27,7 @@ from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+
 FORWARDS = ("auto", "transformers")
 """Lean where that is known to give the same (see `lean`), or always the module's own: the oracle."""
 
@@ -98,7 +99,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
         dtype: one of `DTYPES`.
         device: a torch device.
         adapter: folder of a PEFT adapter to merge into the model.
-        forward: one of `FORWARDS`.
+        forward: see `FORWARDS`.
 
     Raises:
         UsageError: no such folder or model, unknown dtype or device, or an architecture that the plan cannot run.
