@@ -30,7 +30,7 @@ from orchestra.testing.graphs import Step
 EMBEDDED = Path(orchestra.__file__).parent / "assets" / "embedded"
 
 # Everything in place, tiny batches and chunks, no library kernel: as unlike the defaults as can be.
-ODD = {"copy_bytes": 0, "prefill": 3, "max_batch": 2, "kernel": "reference"}
+ODD = {"debug": True, "copy_bytes": 0, "prefill": 3, "max_batch": 2, "kernel": "reference"}
 ARCHITECTURES = [
     ("llama", {}),
     ("llama", {"key_heads": 4}),

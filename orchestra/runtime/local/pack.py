@@ -10,7 +10,8 @@ import torch
 
 from orchestra.runtime.attention.kernels import Kernel
 from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails, Write
-from orchestra.runtime.local.jobs import Context, Job, NodeState, Score
+from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.nodes import Context, NodeState
 from orchestra.runtime.local.segments import Memory, Slab
 
 Ints = npt.NDArray[np.int64]
@@ -66,14 +67,14 @@ class Pack:
         self.computed += n
 
     def add_forced(self, job: Job, fed: Ints) -> bool:
-        """Feed forced tokens to a slot: the last goes into the slot's own row, those before it become a chunk.
+        """Feed given tokens to a slot: the last goes into the slot's own row, those before it become a chunk.
 
         Returns:
-            Whether all forced tokens are fed now, so that the slot's row predicts a sampled token.
+            Whether all of them are fed now, so that the slot's row predicts a sampled token.
         """
         slab, slot = job.slab, job.slot
         assert slab is not None
-        take = max(1, min(self.budget, job.forced - job.fed))
+        take = max(1, min(self.budget, job.given - job.fed))
         self.budget -= take
         fed[slot] = take
         first = job.state.start + job.fed
@@ -86,14 +87,15 @@ class Pack:
             self._chunk(rows, slab.keys[:, slot], slab.values[:, slot], used)
             for state, length in job.inplace:
                 self.read(state, length, rows)
-        return job.fed + take == job.forced
+        return job.fed + take == job.given
 
     def add_fill(self, state: NodeState, context: Context, take: int) -> None:
         """Compute the next `take` tokens of a node that no generation fills."""
         a = state.computed
         tokens = np.array(state.tokens[a : a + take])
         rows = self.add(tokens, np.arange(state.start + a, state.start + a + take))
-        segment = state.reserve(self.memory, a + take)
+        segment = state.segment
+        assert segment is not None  # since somebody who needs it was admitted
         self._chunk(rows, segment.keys, segment.values, a)
         for other, length in context:
             self.read(other, length, rows)

@@ -7,6 +7,7 @@ than a separate call. When the node ends, its tail is sealed into a `Segment` of
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,9 @@ class Memory:
         layers, heads, dim: layers, key heads and head dimension of the model.
         dtype, device: of keys and values.
         windows: some layers see the last positions only.
+        limit: most bytes, padding included; None for no limit. Who allocates looks at `left` first.
         bytes: allocated now, padding included.
+        peak: the most that ever were.
     """
 
     layers: int
@@ -41,17 +44,25 @@ class Memory:
     dtype: torch.dtype
     device: torch.device
     windows: bool = False
+    limit: int | None = None
     bytes: int = 0
+    peak: int = 0
 
     @property
     def token_bytes(self) -> int:
         """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.heads * self.dim * self.dtype.itemsize
 
+    @property
+    def left(self) -> int:
+        """Bytes that may still be allocated."""
+        return sys.maxsize if self.limit is None else self.limit - self.bytes
+
     def allocate(self, *shape: int) -> Tensor:
         """Uninitialised keys or values `[layers, *shape, dim]`, counted until `free`."""
         tensor = torch.empty(self.layers, *shape, self.dim, dtype=self.dtype, device=self.device)
         self.bytes += tensor.nbytes
+        self.peak = max(self.peak, self.bytes)
         return tensor
 
     def free(self, *tensors: Tensor) -> None:
@@ -77,6 +88,11 @@ class Segment:
         """Tokens that fit."""
         return self.keys.shape[2]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of both."""
+        return self.keys.nbytes + self.values.nbytes
+
     def grow(self, capacity: int, used: int) -> None:
         """Make room for `capacity` tokens; the first `used` stay."""
         keys, values = self.keys, self.values
@@ -96,16 +112,17 @@ class Slab:
     Attributes:
         capacity: tokens per slot.
         jobs: the generation in each slot.
+        reserved: slots that are kept free for generations to come.
         keys, values: `[layers, slots, heads, capacity, dim]`.
         used: tokens with keys and values in each slot, heads included.
         token, position: the next token to feed for each slot.
     """
 
-    def __init__(self, memory: Memory, capacity: int) -> None:
+    def __init__(self, memory: Memory, capacity: int, slots: int) -> None:
         self.memory = memory
         self.capacity = capacity
         self.jobs: list[Job] = []
-        slots = max(1, NEW_SLAB_TOKENS // capacity)
+        self.reserved = 0
         self._allocate(slots)
         self.used = np.zeros(slots, np.int64)
         self.token = np.zeros(slots, np.int64)
@@ -116,20 +133,32 @@ class Slab:
         self.keys = self.memory.allocate(slots, self.memory.heads, self.capacity).zero_()
         self.values = self.memory.allocate(slots, self.memory.heads, self.capacity).zero_()
 
+    @property
+    def slots(self) -> int:
+        """How many there are."""
+        return len(self.used)
+
+    @property
+    def taken(self) -> int:
+        """Slots in use or reserved."""
+        return len(self.jobs) + self.reserved
+
+    def resize(self, slots: int) -> None:
+        """Have so many slots, at least those in use."""
+        n = len(self.jobs)
+        keys, values = self.keys, self.values
+        self._allocate(slots)
+        self.keys[:, :n] = keys[:, :n]
+        self.values[:, :n] = values[:, :n]
+        self.memory.free(keys, values)
+        used, token, position = self.used, self.token, self.position
+        self.used, self.token, self.position = (np.zeros(slots, np.int64) for _ in range(3))
+        self.used[:n], self.token[:n], self.position[:n] = used[:n], token[:n], position[:n]
+
     def add(self, job: Job) -> int:
-        """Give a generation the next slot, growing the slab if it is full."""
-        slot, slots = len(self.jobs), len(self.used)
-        if slot == slots:
-            keys, values = self.keys, self.values
-            self._allocate(2 * slots)
-            self.keys[:, :slots] = keys
-            self.values[:, :slots] = values
-            self.memory.free(keys, values)
-            self.used, self.token, self.position = (
-                np.concatenate([old, np.zeros_like(old)]) for old in (self.used, self.token, self.position)
-            )
+        """Give a generation the next slot, which must be there (`Arena.reserve`)."""
         self.jobs.append(job)
-        return slot
+        return len(self.jobs) - 1
 
     def remove(self, slot: int) -> None:
         """Free a slot; the last one moves into it."""
@@ -156,45 +185,75 @@ class Arena:
         self.memory = memory
         self.slabs: dict[int, Slab] = {}
 
-    def place(self, job: Job, tokens: int) -> Slab:
-        """A slot with room for `tokens`; sets the job's slab and slot."""
+    def capacity(self, tokens: int) -> int:
+        """Of the slots for so many tokens."""
         capacity = SMALLEST_SLOT
         while capacity < tokens:
             capacity *= 2
+        return capacity
+
+    def cost(self, capacity: int) -> int:
+        """Bytes that must be free for one more slot; while a slab is being copied to a larger one, both are there."""
         slab = self.slabs.get(capacity)
+        slots = 1 if slab is None else slab.slots + 1 if slab.taken == slab.slots else 0
+        return slots * capacity * self.memory.token_bytes
+
+    def reserve(self, job: Job, capacity: int) -> None:
+        """Keep a slot free for a generation; slabs double, as far as there is memory."""
+        slab = self.slabs.get(capacity)
+        most = self.memory.left // (capacity * self.memory.token_bytes)
         if slab is None:
-            slab = self.slabs[capacity] = Slab(self.memory, capacity)
+            slots = max(1, NEW_SLAB_TOKENS // capacity)
+            slab = self.slabs[capacity] = Slab(self.memory, capacity, min(slots, most))
+        elif slab.taken == slab.slots:
+            slab.resize(min(2 * slab.slots, most))
+        slab.reserved += 1
+        job.reserved = slab
+
+    def place(self, job: Job) -> Slab:
+        """Give a generation the slot that was reserved for it; sets its slab and slot."""
+        slab, job.reserved = job.reserved, None
+        assert slab is not None
+        slab.reserved -= 1
         job.slab, job.slot = slab, slab.add(job)
         return slab
 
-    def move(self, job: Job, tokens: int) -> None:
-        """Move a generation to a slot with room for `tokens`."""
+    def move(self, job: Job) -> None:
+        """Move a generation to the slot that was reserved for it."""
         old, i = job.slab, job.slot
         assert old is not None
-        new = self.place(job, tokens)
+        new = self.place(job)
         n, j = int(old.used[i]), job.slot
         new.keys[:, j, :, :n] = old.keys[:, i, :, :n]
         new.values[:, j, :, :n] = old.values[:, i, :, :n]
         new.used[j], new.token[j], new.position[j] = n, old.token[i], old.position[i]
         old.remove(i)
 
-    def make_room(self) -> bool:
-        """Move generations whose slot is full to larger ones; returns whether there were any."""
-        moved = False
-        for slab in list(self.slabs.values()):
-            full = np.flatnonzero(slab.used[: len(slab.jobs)] >= slab.capacity)
-            for slot in full[::-1].tolist():  # from the end: the last slot moves into the gap
-                self.move(slab.jobs[slot], slab.capacity + 1)
-                moved = True
-        return moved
+    def full(self) -> list[Job]:
+        """Generations whose slot is full."""
+        found = []
+        for slab in self.slabs.values():
+            slots = np.flatnonzero(slab.used[: len(slab.jobs)] >= slab.capacity)
+            found += [slab.jobs[slot] for slot in slots.tolist()]
+        return found
 
     def leave(self, job: Job) -> None:
-        """Free a generation's slot."""
+        """Free a generation's slot, or the one reserved for it."""
+        if job.reserved is not None:
+            job.reserved.reserved -= 1
+            job.reserved = None
         if job.slab is not None:
             job.slab.remove(job.slot)
             job.slab = None
 
     def trim(self) -> None:
         """Give back slabs without a generation."""
-        for capacity in [capacity for capacity, slab in self.slabs.items() if not slab.jobs]:
+        for capacity in [capacity for capacity, slab in self.slabs.items() if not slab.taken]:
             self.slabs.pop(capacity).free()
+
+    def shrink(self) -> None:
+        """Give back the slots that nobody uses, as far as there is memory to copy the others."""
+        self.trim()
+        for slab in self.slabs.values():
+            if slab.taken < slab.slots and slab.taken * slab.capacity * self.memory.token_bytes <= self.memory.left:
+                slab.resize(slab.taken)
