@@ -55,18 +55,19 @@ class Cache:
 
     # -- what is known -------------------------------------------------------------------------------------------
 
-    def learn(self, graph: ThreadGraph, nodes: Iterable[Snapshot]) -> Run:
-        """Take in nodes, or further tokens of nodes, of a run."""
+    def learn(self, graph: ThreadGraph, nodes: Sequence[Snapshot], last: Snapshot | None = None) -> Run:
+        """Take in nodes, or further tokens of nodes, of a run; `last` is to come after them (`open`)."""
         run = self.runs.get(id(graph))
         if run is None:
             run = self.runs[id(graph)] = Run(graph)
             run.states[self.root] = None
+        ahead = _ahead([*nodes, last] if last is not None else nodes)
         for seen in nodes:
             place = run.nodes.get(seen.id)
             if place is None:
                 place = run.nodes[seen.id] = self._place(run, seen)
             if new := seen.tokens[place.size :]:
-                self._extend(run, place, new)
+                self._extend(run, place, new, ahead.get(seen.id, []))
         return run
 
     def open(self, run: Run, seen: Snapshot) -> NodeState | None:
@@ -92,17 +93,23 @@ class Cache:
             tip = run.nodes[parent].after(length)
         return Place(seen.start, seen.view, plain, tip)
 
-    def _extend(self, run: Run, place: Place, tokens: Sequence[int]) -> None:
-        """Add tokens to a node: those that another run has are its own from now on, too."""
+    def _extend(self, run: Run, place: Place, tokens: list[int], ahead: list[int]) -> None:
+        """Add tokens to a node: those that another run has are its own from now on, too.
+
+        Where there are several paths with them, it takes the one on which the tokens `ahead` are found best.
+        """
         if place.pieces and place.pieces[-1].stop is None:
             place.pieces[-1].state.tokens += tokens
             return
         at = 0
         if place.plain:
-            steps, at = radix.match(*place.end, tokens, run)
-            for state, stop in steps:
-                place.pieces.append(Piece(state, state.holders.get(run, 0), stop))
-                self._hold(run, state, stop)
+            for state, stop in radix.match(*place.end, tokens + ahead, run).steps:
+                start = state.holders.get(run, 0)
+                stop = min(stop, start + len(tokens) - at)
+                if stop > start:
+                    place.pieces.append(Piece(state, start, stop))
+                    self._hold(run, state, stop)
+                    at += stop - start
         if at < len(tokens):
             self._open(run, place, tokens[at:])
 
@@ -273,7 +280,7 @@ class Cache:
         tail = radix.split(state, length, next(self._serial))
         tail.used = state.used
         old, over = state.segment, max(0, state.computed - length)
-        if old is not None:
+        if old is not None and old.capacity > length:
             # The parts are copies; where there is no memory for them, the keys and values go, or stay in one piece.
             token = self.memory.token_bytes
             if over and self.keep and self.memory.left >= (length + over) * token:
@@ -324,3 +331,18 @@ class Cache:
             self.touch(work.context)
             for state, _ in work.context:
                 state.pinned -= 1
+
+
+def _ahead(nodes: Sequence[Snapshot]) -> dict[int, list[int]]:
+    """For the nodes on the way to the last: the tokens that come after them."""
+    found: dict[int, list[int]] = {}
+    known = {seen.id: seen for seen in nodes}
+    seen, tokens = (nodes[-1], nodes[-1].tokens) if nodes else (None, [])
+    while seen is not None and seen.parent is not None and not seen.joined:
+        parent, length = seen.parent
+        seen = known.get(parent)
+        if seen is None or len(seen.tokens) != length:
+            break
+        found[parent] = tokens
+        tokens = seen.tokens + tokens
+    return found

@@ -90,7 +90,7 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Take a generation."""
-        run = self.cache.learn(job.graph, job.nodes[:-1])
+        run = self.cache.learn(job.graph, job.nodes[:-1], job.nodes[-1])
         state = self.cache.open(run, job.nodes[-1])
         if state is None:
             job.done = True
