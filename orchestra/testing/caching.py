@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
@@ -157,7 +158,7 @@ async def _plant(
     graph = ThreadGraph()
     parent: Node | None = None
     cuts = sorted({0, len(tokens), *(draw.randrange(1, len(tokens) + 1) for _ in range(draw.choice([0, 0, 2])))})
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         edges = [Edge(parent.id, len(parent))] if parent is not None else []
         parent = graph.add(edges, spans=[Span("forced" if edges else "prompt", tokens[a:b], b - a)])
     assert parent is not None

@@ -126,11 +126,15 @@ class Cache:
         place.pieces.append(Piece(state, 0, None))
 
     def _hold(self, run: Run, state: NodeState, length: int) -> None:
-        if state in self.kept:
+        """A run needs so many tokens of a stretch; of one that was nobody's it gets no more than that."""
+        kept = state in self.kept
+        if kept:
             self._count_kept(state, -1)
             del self.kept[state]
         state.holders[run] = length
         run.states[state] = None
+        if kept and length < len(state.tokens) and self.memory.left >= state.room * self.memory.token_bytes:
+            self._cut(state, length)
 
     # -- keys and values -----------------------------------------------------------------------------------------
 
