@@ -6,7 +6,7 @@ import asyncio
 import random
 
 import pytest
-from engines import opened, quiet, root
+from engines import opened, quiet, root, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -168,12 +168,10 @@ def test_a_cancelled_generation_leaves_nothing(tiny, monkeypatch, state):
             if state in ("running", "preempted"):
                 count += (await anext(stream)).count
             if state == "preempted":
-                while not preempted:
-                    await asyncio.sleep(0)
+                await until(lambda: preempted)
             if state == "prefilling":
                 before = engine.load().computed_tokens
-                while engine.load().computed_tokens < before + 40:
-                    await asyncio.sleep(0)
+                await until(lambda: engine.load().computed_tokens >= before + 40)
             stream.cancel()
             deltas = [delta async for delta in stream]
             assert deltas[-1].finish_reason == "cancelled"

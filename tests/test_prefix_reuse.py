@@ -6,7 +6,7 @@ import asyncio
 import time
 
 import pytest
-from engines import WARM, opened, quiet, root
+from engines import WARM, opened, quiet, root, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -113,8 +113,7 @@ def test_two_runs_go_on_when_the_one_that_they_share_with_ends(tiny, plain):
             start = await root(engine, second, "y" * 250)
             child = second.add([Edge(0, len(start))])
             other = asyncio.create_task(generate(engine, second, child, Sampling(max_tokens=60, ignore_eos=True)))
-            while engine.load().computed_tokens < 100:  # some of the prompt, not all
-                await asyncio.sleep(0.001)
+            await until(lambda: engine.load().computed_tokens >= 100)  # some of the prompt, not all
             stream.cancel()
             await engine.release(first)
             assert (await other).count == 60
