@@ -21,7 +21,7 @@ from orchestra.testing import check_integrity, check_memory_limit, check_no_leak
 from orchestra.testing.graphs import generate
 
 TOKEN = 256  # bytes of a token of the tiny model: keys and values, 2 layers, 2 heads of 8, float32
-few = settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -40,7 +40,7 @@ def least(graph):
 async def limited(folder, seed, *, law=check_memory_limit, spare=None, tokens=None, **options):
     """Run the law in as little memory as the largest generation needs, or a little more."""
     draw = random.Random(seed)
-    tokens = tokens or draw.choice([5, 12, 70])
+    tokens = tokens or draw.choice([5, 12, 40])
     async with opened(folder) as other:
         limit = 0
         for i in range(3):
@@ -48,7 +48,7 @@ async def limited(folder, seed, *, law=check_memory_limit, spare=None, tokens=No
             limit = max(limit, least(played.graph))
             await other.release(played.graph)
         limit += draw.choice([0, 0, 10, 100, 300]) * TOKEN if spare is None else spare
-        options = {"debug": True, "prefill": draw.choice([2, 50, 512]), "max_batch": draw.choice([2, 128]), **options}
+        options = {"debug": True, "prefill": draw.choice([16, 512]), "max_batch": draw.choice([2, 128]), **options}
         async with opened(folder, memory=limit, **options) as engine:
             work = law(engine, other, limit, seed, tokens=tokens, nodes=6)
             return await asyncio.wait_for(work, 120), engine.load()
@@ -66,6 +66,7 @@ def test_as_little_memory_as_one_generation_needs_gives_the_same_results(tiny, s
 @many
 def test_memory_limits_at_depth(tiny, seed, keep, copy):
     asyncio.run(limited(tiny, seed, prefix_cache=keep, copy_bytes=copy))
+    asyncio.run(limited(tiny, seed, prefix_cache=keep, copy_bytes=copy, prefill=2, tokens=70))
 
 
 def test_the_steps_are_bounded(tiny, monkeypatch):
@@ -199,7 +200,7 @@ class TestSabotage:
     def broken(self, folder, match, seeds=(3, 4, 5), **options):
         async def main():
             for seed in seeds:
-                await limited(folder, seed, spare=64 * TOKEN, tokens=70, debug=False, **options)
+                await limited(folder, seed, spare=64 * TOKEN, tokens=70, debug=False, prefill=512, **options)
 
         with pytest.raises((AssertionError, EngineError, ExceptionGroup), match=match):
             asyncio.run(main())
