@@ -69,7 +69,8 @@ class Connection:
             prompt: text, or chat messages.
             settings: `seed` (default 0: the same run gives the same result), `budget` (a `Budget` or its spec),
                 `extract` (a function from text to answer), and sampling settings for all that the strategy generates
-                and does not set itself: `temperature`, `top_p`, `top_k`, `min_p`, `max_tokens`; `template` for the
+                and does not set itself (the fields of `Sampling`: `temperature`, `top_p`, `max_tokens`, penalties,
+                `logit_bias` as a dict, `json_schema` as a dict, pydantic model or text, ...); `template` for the
                 chat template's own arguments; `item` (as `TASK/ID`, or `ID`) and `repeat` (default 0) for a
                 `replay:` engine: whose recorded samples, and which of them where the strategy does not fork.
 

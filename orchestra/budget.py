@@ -50,8 +50,12 @@ class Ledger:
         budget = self.budget
         return (budget.sampled_tokens, budget.critical_path_tokens, budget.requests) != (None, None, None)
 
-    async def take(self, wanted: int | None) -> int | None:
+    async def take(self, wanted: int | None, *, wait: bool = True) -> int | None:
         """Reserve up to `wanted` sampled tokens (None: as many as there are) for one request.
+
+        Args:
+            wanted: how many.
+            wait: for others to give some back. Members of a gang must not: the others wait for them.
 
         Returns:
             The tokens granted, at least 1; None for no limit.
@@ -64,7 +68,7 @@ class Ledger:
             raise BudgetExceeded("requests", limit, self)
         granted = wanted
         if self._left is not None:
-            while self._in_flight and (wanted is None or self._left < wanted):
+            while wait and self._in_flight and (wanted is None or self._left < wanted):
                 self._changed.clear()
                 await self._changed.wait()
             if not self._left:
@@ -101,8 +105,10 @@ class Reservation:
     _taken: list[tuple[Ledger, int | None]] = field(default_factory=list)
 
     @classmethod
-    async def make(cls, levels: Sequence[tuple[Ledger, int]], wanted: int | None) -> Reservation:
+    async def make(cls, levels: Sequence[tuple[Ledger, int]], wanted: int | None, *, wait: bool = True) -> Reservation:
         """Reserve in all `levels`, innermost first: pairs of a ledger and the critical path so far in its scope.
+
+        `wait` as for `Ledger.take`.
 
         Raises:
             BudgetExceeded: one of them has nothing left.
@@ -114,7 +120,7 @@ class Reservation:
                 reservation._lower(limit - depth, BudgetExceeded("critical_path_tokens", limit, ledger))
         try:
             for ledger, _ in levels:
-                amount = await ledger.take(reservation.granted)
+                amount = await ledger.take(reservation.granted, wait=wait)
                 reservation._taken.append((ledger, amount))
                 if amount is not None:
                     reservation._lower(amount, ledger.spent())

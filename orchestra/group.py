@@ -52,6 +52,35 @@ async def gather(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     return [value for member in ended for value in member.value]
 
 
+async def first_value(work: Sequence[Coroutine[Any, Any, T | None]]) -> T | None:
+    """The value of the first member that has one; the others are cancelled. None if all have ended without.
+
+    The caller comes after that member, or after all. A budget that ended a member is raised if nobody has a value.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = {group.create_task(member_of(member)): None for member in work}
+            pending = set(tasks)
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:
+                    if task in done and not task.cancelled() and not task.exception():
+                        ended = task.result()
+                        if ended.value and ended.value[0] is not None:
+                            for other in pending:
+                                other.cancel()
+                            frontier.set(ended.after)
+                            return ended.value[0]
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from None
+    results = [task.result() for task in tasks]
+    frontier.set(frozenset().union(*(ended.after for ended in results)))
+    for ended in results:
+        if ended.spent is not None:
+            raise ended.spent
+    return None
+
+
 async def race(
     run: Run, work: Sequence[Coroutine[Any, Any, T]], first: int, by: Literal["time", "tokens"]
 ) -> list[tuple[int, T]]:

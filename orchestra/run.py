@@ -20,7 +20,7 @@ from orchestra.chains import Chains
 from orchestra.concurrency import first_error, uninterrupted
 from orchestra.errors import BudgetExceeded, CapabilityError, UsageError, one_of
 from orchestra.graph import Edge, Node, Span, ThreadGraph
-from orchestra.runtime.engine import Capability, Delta, Engine, Prompt, Request, Sampling, Stream
+from orchestra.runtime.engine import Capability, Delta, Engine, Gang, Prompt, Request, Sampling, Stream
 
 if TYPE_CHECKING:
     from orchestra.outcome import Candidate, Outcome
@@ -56,6 +56,7 @@ class Event:
         after: at the start, the nodes it came after (context parents and waits).
         finish_reason: at the end.
         outcome: with the outcome.
+        beside: the node grows beside others that read it; its path without the last index is the worker's.
     """
 
     kind: Literal["start", "token", "end", "outcome"]
@@ -65,6 +66,7 @@ class Event:
     after: tuple[int, ...] = ()
     finish_reason: str | None = None
     outcome: Outcome | None = None
+    beside: bool = False
 
 
 class Generated(NamedTuple):
@@ -230,6 +232,16 @@ class Run:
             owner.nodes.append(node)
         return node
 
+    def add_concurrent(self, spans: Sequence[Span], path: Path, alias: str, reads: int) -> Node:
+        """Add a concurrent node that comes after the frontier; it will read `reads` tokens at first."""
+        node = self.graph.add_concurrent(waits=frontier.get(), path=path, spans=spans)
+        node.engine = alias
+        self.chains.add(node, reads)
+        for owner in scope().chain:
+            owner.nodes.append(node)
+        self._draw(node)
+        return node
+
     def add_siblings(self, context: Sequence[Edge], paths: Sequence[Path], alias: str) -> list[Node]:
         """Add empty nodes to be sampled into, which differ in nothing but their path."""
         if len(context) > 1:
@@ -258,10 +270,12 @@ class Run:
         alias: str,
         sampling: Sampling,
         watch: Watch | None = None,
+        member: tuple[Node, Gang] | None = None,
     ) -> Generated:
         """Add a node and sample into it. Cancelled, it stops the engine and keeps what was decoded by then.
 
-        `watch` sees each delta and can end it; see `Thread.generate`.
+        `watch` sees each delta and can end it; see `Thread.generate`. `member` is a concurrent node, which has been
+        added, and its gang.
 
         Raises:
             BudgetExceeded: nothing is left to sample with.
@@ -270,22 +284,26 @@ class Run:
         engine = self.engine_for(alias)
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
             raise UsageError(f"max_tokens is at least 1, not {sampling.max_tokens}")
+        self.check_settings(engine, sampling)
         if len(context) > 1:
             self._refuse_reuse(engine)
         within = scope()
         depth = self.chains.depth(frontier.get() | {edge.parent for edge in context})
         levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
-        reservation = await Reservation.make(levels, sampling.max_tokens)
+        reservation = await Reservation.make(levels, sampling.max_tokens, wait=member is None)
         used = 0
         try:
-            node = self.add(context, spans, path, alias)
-            self._draw(node)
+            if member is None:
+                node, gang = self.add(context, spans, path, alias), None
+                self._draw(node)
+            else:
+                node, gang = member
             limited = replace(sampling, max_tokens=reservation.granted)
             if self.full(engine, node):
                 return Generated(node, len(node), None, None)
             try:
                 with self.waiting_for(engine):
-                    last = await self._sample(engine, node, limited, within, watch)
+                    last = await self._sample(engine, node, limited, within, watch, gang)
             finally:
                 used = node.count("sampled")
         finally:
@@ -293,6 +311,19 @@ class Run:
         frontier.set(frozenset((node.id,)))
         cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
         return Generated(node, len(node) - last.eos, last.matched, cut)
+
+    @staticmethod
+    def check_settings(engine: Engine, sampling: Sampling) -> None:
+        """Refuse settings that the engine would not follow.
+
+        Raises:
+            CapabilityError: it lacks what they need.
+        """
+        if missing := sorted(sampling.needs - engine.capabilities):
+            raise CapabilityError(
+                f"{engine.name} cannot do {', '.join(missing)}, which these sampling settings need; local:PATH and "
+                "sglang://HOST:PORT can"
+            )
 
     @staticmethod
     def _refuse_reuse(engine: Engine) -> None:
@@ -317,16 +348,16 @@ class Run:
             node.path = list(self.fork_path(tuple(node.path)))
         self._drawn.add((tuple(node.path), node.end))
 
-    def request(self, node: Node, sampling: Sampling, chunk: int = 0) -> Request:
+    def request(self, node: Node, sampling: Sampling, chunk: int = 0, gang: Gang | None = None) -> Request:
         """The request to fill `node`, which has been added."""
         path, depth = tuple(node.path), self.chains.depth([node.id])
-        return Request(self.graph, node, sampling, self.seed, path, chunk, depth, self.item, self.repeat)
+        return Request(self.graph, node, sampling, self.seed, path, chunk, depth, self.item, self.repeat, gang)
 
     async def _sample(
-        self, engine: Engine, node: Node, sampling: Sampling, within: Scope, watch: Watch | None
+        self, engine: Engine, node: Node, sampling: Sampling, within: Scope, watch: Watch | None, gang: Gang | None
     ) -> Delta:
         watched = bool(self.listener or watch or any(owner.on_progress for owner in within.chain))
-        request = self.request(node, sampling, chunk=1 if watched else 0)
+        request = self.request(node, sampling, 1 if watched else 0, gang)
         node.started = self.clock.now() - self.began
         self.chains.call(node)
         self._emit("start", node, node.text)
@@ -356,6 +387,7 @@ class Run:
             sampled.text += last.text
             sampled.logprobs += last.logprobs
             node.cached_tokens += last.cached_tokens
+            node.views = last.views or node.views
             node.notes.update(last.notes)
             node.finish_reason = last.finish_reason
             self.chains.grow(node, last.count)
@@ -374,4 +406,5 @@ class Run:
     def _emit(self, kind: Literal["start", "token", "end"], node: Node, text: str = "") -> None:
         if self.listener is not None:
             after = tuple(self.graph.predecessors(node.id)) if kind == "start" else ()
-            self.listener(Event(kind, node.id, tuple(node.path), text, after, node.finish_reason))
+            path, beside = tuple(node.path), bool(node.views)
+            self.listener(Event(kind, node.id, path, text, after, node.finish_reason, beside=beside))

@@ -42,6 +42,7 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, each: Each | N
     first = threads[0]
     run, alias = first._run, first._alias
     engine = run.engine_for(alias)
+    run.check_settings(engine, sampling)
     edges = await first._stem.edges()
     nodes = run.add_siblings(edges, [thread.path for thread in threads], alias)
     if run.full(engine, nodes[0]):

@@ -14,11 +14,13 @@ from orchestra.group import Future, member_of
 from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, Watch, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
+from orchestra.runtime.sampling import normal, settled
 from orchestra.stem import Later, Stem, Text, before_stop, copy, encode
 from orchestra.threads import Threads
 
 if TYPE_CHECKING:
     from orchestra.budget import Budget
+    from orchestra.shared_cache import Headers, Layout, SharedCache
     from orchestra.strategies.base import Spec
 
 Join = Literal["auto", "reuse", "recompute"]
@@ -67,9 +69,10 @@ class Thread:
     @property
     def answer(self) -> str | None:
         """The answer recorded with the last generation, else the one in the text, as the run's task extracts it."""
-        return self._answer_in(self.text)
+        return self.answer_in(self.text)
 
-    def _answer_in(self, text: str) -> str | None:
+    def answer_in(self, text: str) -> str | None:
+        """The answer recorded with the last generation, else the one in `text`, as the run's task extracts it."""
         recorded: str | None = self._node.notes.get("answer") if self._node is not None else None
         return self._run.extract(text) if recorded is None else recorded
 
@@ -200,19 +203,11 @@ class Thread:
     def sampling(self, **given: Any) -> Sampling:
         """The settings that a generation would have; see `generate`."""
         values = dict(self._defaults) | {key: value for key, value in given.items() if value is not None}
-        for key in ("stop", "stop_ids"):
-            if key in values:
-                values[key] = (values[key],) if isinstance(values[key], str | int) else tuple(values[key])
-        try:
-            return Sampling(**values)
-        except TypeError:
-            known = ", ".join(Sampling.__dataclass_fields__)
-            unknown = ", ".join(sorted(values.keys() - Sampling.__dataclass_fields__.keys()))
-            raise UsageError(f"unknown sampling setting {unknown} (known: {known})") from None
+        return settled(values)
 
     def using(self, **sampling: Any) -> Thread:
         """Sampling settings for this thread and all that come from it, where the caller has set nothing."""
-        values = {key: value for key, value in sampling.items() if value is not None}
+        values = normal({key: value for key, value in sampling.items() if value is not None})
         return replace(self, _defaults=tuple((values | dict(self._defaults)).items()))
 
     async def before_stop(self) -> Thread:
@@ -336,6 +331,16 @@ class Thread:
 
         return replace(base, _tail=(Later(seen, copies),)).append(text)
 
+    def shared(self, workers: int, layout: Layout = "combined", headers: Headers | None = None) -> SharedCache:
+        """Workers who go on from here side by side and read each other's tokens as they appear; see `SharedCache`.
+
+        Raises (when it is entered):
+            CapabilityError: the engine has no concurrent cache.
+        """
+        from orchestra.shared_cache import Headers, SharedCache
+
+        return SharedCache(self, workers, layout, headers or Headers())
+
     async def run(self, strategy: Spec, *, budget: Budget | None = None) -> Outcome:
         """Run a strategy from here, inside this run; its budget is part of the ones around it."""
         from orchestra.strategies.base import execute
@@ -366,7 +371,7 @@ class Thread:
         text, logprobs = self.text, self.logprobs
         return Candidate(
             text=text,
-            answer=self._answer_in(text),
+            answer=self.answer_in(text),
             weight=weight,
             finish_reason=self.finish_reason,
             tokens=self.sampled_tokens,

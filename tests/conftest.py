@@ -50,17 +50,10 @@ def tiny_model(kind: str = "llama", heads: int = 4, key_heads: int = 2, vocabula
     import torch
     import transformers
 
-    names = {
-        "llama": "Llama",
-        "qwen2": "Qwen2",
-        "qwen3": "Qwen3",
-        "mistral": "Mistral",
-        "gemma": "Gemma",
-        "phi3": "Phi3",
-    }
-    if kind in ("mistral", "phi3"):
+    if kind in ("mistral", "phi3", "stablelm"):
         options = {"sliding_window": None, **options}
-    config = getattr(transformers, f"{names[kind]}Config")(
+    config = transformers.AutoConfig.for_model(
+        kind,
         **{
             "vocab_size": vocabulary,
             "hidden_size": 32,
@@ -76,12 +69,12 @@ def tiny_model(kind: str = "llama", heads: int = 4, key_heads: int = 2, vocabula
             "initializer_range": 0.3,
             "tie_word_embeddings": False,
             **options,
-        }
+        },
     )
     torch.manual_seed(7)
-    model = getattr(transformers, f"{names[kind]}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
+        model.get_output_embeddings().weight.mul_(2.0)
     return model
 
 
@@ -148,6 +141,21 @@ def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with started(SGLangServer, EMBEDDED, tmp_path_factory.mktemp("sglang") / "server.log") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that often says special tokens, and ends."""
+    return save_model(tmp_path_factory.mktemp("tagged"), tags=True)
+
+
+@pytest.fixture(scope="session")
+def tagged_server(tagged: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same model on a real SGLang server, one for the session."""
+    from orchestra.runtime.sglang_server import SGLangServer
+
+    with started(SGLangServer, tagged, tmp_path_factory.mktemp("sglang") / "server.log") as running:
+        yield running
 
 
 @contextmanager

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestra.runtime.attention.kernels import KERNELS, attend, merge
+from orchestra.runtime.attention import cuda
+from orchestra.runtime.attention.cost import COPY_BYTES, in_place
+from orchestra.runtime.attention.kernels import KERNELS, attend
 from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails
 from orchestra.testing import ATTENTION_TOLERANCE, check_losslessness
 
@@ -45,18 +47,20 @@ def test_causal_means_that_query_i_sees_keys_to_i(kernel, tokens):
     assert (out - dense(query, key, value, 0.5, mask)[0]).abs().max() < ATTENTION_TOLERANCE
 
 
+def merged(parts):
+    """Attention over the union of disjoint sets of keys, by the formula of the module."""
+    outs, lses = (torch.stack(each) for each in zip(*parts, strict=True))
+    return (outs * lses.softmax(0).unsqueeze(-1)).sum(0), lses.logsumexp(0)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_keys_are_the_neutral_element_of_merge(kernel):
+def test_no_keys_are_a_part_of_weight_zero(kernel):
     query, key, value = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
     nothing = attend(query, key[:, :, :0], value[:, :, :0], 1.0, kernel=kernel)
     something = attend(query, key, value, 1.0, kernel=kernel)
-    for parts in ((*nothing, *something), (*something, *nothing)):
-        out, lse = merge(*parts)
-        assert torch.equal(out, something[0])
-        assert torch.allclose(lse, something[1])
-    out, lse = merge(*nothing, *nothing)
-    assert torch.equal(out, torch.zeros_like(out))
-    assert torch.isneginf(lse).all()
+    out, lse = merged([nothing, something])
+    assert torch.equal(out, something[0])
+    assert torch.allclose(lse, something[1])
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=4), st.floats(0.1, 30.0), st.integers(0, 2**31))
@@ -65,11 +69,8 @@ def test_merged_parts_are_attention_over_the_whole(lengths, spread, seed):
     draw = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 2, 3, 8, generator=draw) * spread
     key, value = (torch.randn(1, 2, sum(lengths), 8, generator=draw) for _ in range(2))
-    at, out, lse = 0, None, None
-    for n in lengths:
-        part = attend(query, key[:, :, at : at + n], value[:, :, at : at + n], 0.35)
-        out, lse = part if out is None else merge(out, lse, *part)
-        at += n
+    keys, values = key.split(lengths, 2), value.split(lengths, 2)
+    out, lse = merged([attend(query, k, v, 0.35) for k, v in zip(keys, values, strict=True)])
     right, normaliser = dense(query, key, value, 0.35)
     assert (out - right).abs().max() < ATTENTION_TOLERANCE
     assert ((lse - normaliser) / normaliser.abs().clamp_min(1)).abs().max() < ATTENTION_TOLERANCE
@@ -147,3 +148,66 @@ def test_chunk_after_earlier_tokens_sees_them_all():
     chunk = Chunk.over(0, 3, torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2))
     assert chunk.mask is not None
     assert (chunk.mask == 0).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_a_single_query_of_a_half_type_is_attention_like_any_other():
+    query, key, value = torch.randn(3, 4, 1, 16), torch.randn(3, 2, 30, 16), torch.randn(3, 2, 30, 16)
+    mask = torch.zeros(3, 1, 1, 30).masked_fill_(
+        torch.arange(30) >= torch.tensor([[[[30]]], [[[1]]], [[[9]]]]), -torch.inf
+    )
+    halves = [x.bfloat16() for x in (query, key, value)]
+    out, lse = attend(*halves, 0.3, mask=mask)
+    right, normaliser = dense(*(x.float() for x in halves), 0.3, mask)
+    assert out.shape == query.shape
+    assert lse.shape == query.shape[:3]
+    assert (out - right).abs().max() < 0.02
+    assert (lse - normaliser).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "causal", "masked"), [(2, False, False), (2, False, True), (8, True, False)])
+def test_cuda_kernels_are_called_as_their_signatures_say(dtype, heads, causal, masked):
+    keys = 13
+    query = torch.empty(3, heads, keys, 64, dtype=dtype, device="meta")
+    key, value = (torch.empty(3, 2, 32, 64, dtype=dtype, device="meta")[:, :, :keys] for _ in range(2))
+    mask = torch.empty(3, 1, 1, keys, device="meta") if masked else None
+    out, lse = cuda.fused(query, key, value, 0.3, mask, causal)
+    assert out.shape == query.shape
+    assert out.dtype == dtype
+    assert lse.shape == query.shape[:3]
+    assert lse.dtype == torch.float32
+
+
+def test_where_the_cuda_kernels_do_not_run_the_reference_does_and_says_so():
+    query, key, value = (torch.randn(1, 2, 3, 16) for _ in range(3))
+    cuda.trusted.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow reference"):
+        out, lse = cuda.attend(query, key, value, 0.3)  # they do not run on a CPU
+    right, normaliser = dense(query, key, value, 0.3)
+    assert (out - right).abs().max() < ATTENTION_TOLERANCE
+    assert (lse - normaliser).abs().max() < ATTENTION_TOLERANCE
+    cuda.trusted.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_kernels_give_the_numbers_of_the_reference(dtype):
+    assert cuda.deviation(torch.device("cuda"), dtype) <= cuda.TOLERANCE[dtype]
+
+
+@given(st.integers(1, 100_000), st.integers(1, 512), st.integers(1, 65_536), st.integers(0, 2**24))
+def test_more_tokens_readers_or_bytes_never_speak_against_reading_in_place(tokens, readers, token_bytes, copy_bytes):
+    if in_place(tokens, readers, token_bytes, copy_bytes):
+        assert in_place(2 * tokens, readers, token_bytes, copy_bytes)
+        assert in_place(tokens, 2 * readers, token_bytes, copy_bytes)
+        assert in_place(tokens, readers, 2 * token_bytes, copy_bytes)
+        assert in_place(tokens, readers, token_bytes, copy_bytes // 2)
+    assert in_place(tokens, readers, token_bytes, 0)
+
+
+def test_copies_are_bounded_in_memory_and_short_segments_are_always_copied():
+    for token_bytes in (256, 1024, 8192):
+        longest = max(n for n in range(1, 20_000) if not in_place(n, 1, token_bytes))
+        assert longest * token_bytes <= COPY_BYTES + 32 * token_bytes
+    assert not in_place(16, 512, 8192)
+    assert in_place(4096, 64, 8192)

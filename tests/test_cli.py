@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -215,6 +216,17 @@ def test_run_as_json_and_within_a_budget(orchestra: Main) -> None:
     assert outcome["stopped_by"] == "sampled_tokens"
     assert outcome["usage"]["sampled_tokens"] == 20
     assert "graph" not in outcome
+
+
+def test_run_within_a_pattern_or_a_schema(orchestra: Main, tmp_path: Path) -> None:
+    code, out, _ = orchestra("run", PROMPT, "--regex", r"( \d+){2} hit", "--temperature", 2)
+    assert (code, re.match(r" \d+ \d+ hit\n", out) is not None) == (0, True)
+    schema = tmp_path / "schema.json"
+    code, _, err = orchestra("run", PROMPT, "--json-schema", schema)
+    assert (code, "cannot read --json-schema" in err) == (2, True)
+    schema.write_text('{"type": "object"}')
+    code, _, err = orchestra("run", PROMPT, "--json-schema", schema)  # a model of numbers has no braces
+    assert (code, "no token of this model can begin what satisfies the json_schema" in err) == (2, True)
 
 
 def test_run_reads_stdin() -> None:

@@ -38,7 +38,7 @@ def checked(engine: Engine, **options: Any) -> list[str]:
 
 
 def test_on_the_embedded_model() -> None:
-    assert len(checked(open_engine("demo"))) == 20  # all of them
+    assert len(checked(open_engine("demo"))) == 23  # all of them
 
 
 def test_on_recorded_samples(tmp_path: Path) -> None:
@@ -150,6 +150,29 @@ class Nameless(Fake):
         return {}
 
 
+class IgnoresBias(Fake):
+    capabilities = Fake.capabilities | {Capability.LOGIT_BIAS}
+
+
+class IgnoresGrammars(Fake):
+    capabilities = Fake.capabilities | {Capability.GRAMMAR}
+
+
+class ReportsWhatItDrewFrom(Fake):
+    """Its model gives every word a log-probability of -1; penalised ones have less."""
+
+    capabilities = Fake.capabilities | {Capability.SCORE, Capability.PENALTIES}
+
+    async def score(self, graph: Any, node: Any) -> list[float]:
+        return [-1.0 if node.context or i else 0.0 for i in range(len(node))]
+
+    def _next(self, playing: Any) -> Delta:
+        delta = super()._next(playing)
+        if playing.request.sampling.needs:
+            delta.logprobs = [-1.5] * delta.count
+        return delta
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -166,6 +189,9 @@ class Nameless(Fake):
         (DependsOnOthers, "beside others it says"),
         (Misspells, "it decodes its tokens to"),
         (Nameless, "do not name the engine"),
+        (IgnoresBias, "which is banned"),
+        (IgnoresGrammars, "with a regex that only"),
+        (ReportsWhatItDrewFrom, "with penalties at temperature 0.0 reported and scored log-probabilities differ"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )

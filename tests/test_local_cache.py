@@ -2,18 +2,14 @@ from __future__ import annotations
 
 import asyncio
 
-import numpy as np
 import pytest
 import torch
 from engines import WARM, opened, quiet, root
 
 from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.runtime.engine import Request, Sampling
-from orchestra.runtime.local.model import load_plain
 from orchestra.testing import check_parity
 from orchestra.testing.graphs import generate
-from orchestra.testing.laws import row_logits
-from orchestra.training.flatten import flatten
 
 
 def test_a_fork_into_64_holds_one_copy(tiny):
@@ -125,34 +121,3 @@ def test_a_scoring_that_is_cancelled_leaves_nothing(tiny):
             assert (await quiet(engine)).cached_bytes == 0
 
     asyncio.run(main())
-
-
-def test_bfloat16_is_at_most_twice_as_far_off_as_plain_sdpa(tiny):
-    """Mean error of reported log-probabilities, against a float32 model with the same rounded weights."""
-
-    async def main():
-        async with opened(tiny, dtype="bfloat16", copy_bytes=0) as engine:
-            graph = ThreadGraph()
-            start = await root(engine, graph)
-            nodes = [graph.add([Edge(0, len(start))], path=[i]) for i in range(6)]
-            warm = Sampling(1.0, max_tokens=40, ignore_eos=True)
-            await asyncio.gather(*(generate(engine, graph, node, warm) for node in nodes))
-            joined = graph.add([Edge(n.id, len(n)) for n in nodes], spans=[await engine.encode(" so")])
-            await generate(engine, graph, joined, warm)
-            return graph, engine.plain_model()
-
-    graph, plain = asyncio.run(main())
-    exact = load_plain(tiny).bfloat16().float()
-    row = flatten(graph)
-    ours = {(n.id, len(n) - 40 + k): value for n in graph.nodes[1:] for k, value in enumerate(n.spans[-1].logprobs)}
-
-    def of(model):
-        table = row_logits(model, graph).log_softmax(-1)
-        found = {}
-        for i, before in enumerate(row.predecessors):
-            if before is not None:
-                found[row.nodes[i], row.indices[i]] = float(table[before, row.tokens[i]])
-        return np.array([found[place] for place in ours])
-
-    right = of(exact)
-    assert np.abs(np.array(list(ours.values())) - right).mean() <= 2 * np.abs(of(plain) - right).mean()

@@ -8,9 +8,9 @@ import torch
 from conftest import byte_tokenizer, save_model
 from engines import opened
 
-from orchestra.errors import PromptError, UsageError
+from orchestra.errors import EngineError, PromptError, UsageError
 from orchestra.runtime.local.engine import LocalEngine
-from orchestra.runtime.local.model import refusal
+from orchestra.runtime.local.refusal import refusal
 
 
 def test_prompts(tiny, tmp_path):
@@ -78,8 +78,6 @@ def test_models_that_are_not_there_are_one_clear_line(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("MistralConfig", {"sliding_window": 128, "max_position_embeddings": 4096}, "sliding window of 128"),
-        ("Gemma2Config", {}, "soft-capping"),
         ("GptOssConfig", {}, "sinks"),
         ("DeepseekV3Config", {}, "latent attention"),
         ("BloomConfig", {}, "ALiBi"),
@@ -91,11 +89,29 @@ def test_models_that_are_not_there_are_one_clear_line(tmp_path, tiny):
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
             "change with the length",
         ),
+        (
+            "Phi3Config",
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                },
+            },
+            "longrope",
+        ),
+        ("Gemma3nTextConfig", {}, "share keys and values"),
+        ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "both directions"),
         ("LlamaConfig", {}, None),
         ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, None),
         ("Qwen2Config", {"sliding_window": 16, "use_sliding_window": False}, None),
         ("Qwen3Config", {}, None),
         ("MistralConfig", {"sliding_window": None}, None),
+        ("MistralConfig", {"sliding_window": 128}, None),
+        ("Gemma2Config", {}, None),
         ("Phi3Config", {"sliding_window": None}, None),
     ],
 )
@@ -120,12 +136,15 @@ def test_attention_that_brings_something_unknown_is_refused_by_name():
     from types import SimpleNamespace
 
     from orchestra.runtime.attention.plan import Plan
-    from orchestra.runtime.local.model import segment_attention
+    from orchestra.runtime.local.interface import running, segment_attention
 
     row = torch.zeros(1, 1, 1, 8)
-    for options, name in (({"s_aux": torch.zeros(1)}, "s_aux"),):
-        with pytest.raises(UsageError, match=name):
-            segment_attention(SimpleNamespace(layer_idx=0), row, row, row, None, orchestra_plan=Plan(1), **options)
+    for options, name in (
+        ({"s_aux": torch.zeros(1)}, "s_aux"),
+        ({"indexer": torch.zeros(1)}, "indexer"),
+    ):
+        with running(Plan(1)), pytest.raises(EngineError, match=name):
+            segment_attention(SimpleNamespace(layer_idx=0), row, row, row, None, **options)
 
 
 def test_facts(tiny):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from fakes import Fake, serving
 from plain_server import PlainServer
 
@@ -16,7 +18,7 @@ from orchestra.errors import CapabilityError, EngineError, OrchestraError, Promp
 from orchestra.evaluation.runner import manifest_of
 from orchestra.evaluation.store import Plan
 from orchestra.runtime import limits as limits_module
-from orchestra.runtime.engine import Capability
+from orchestra.runtime.engine import Capability, Sampling
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WORDS = [" so", " the", " answer", " is", " 42"]
@@ -111,9 +113,10 @@ def test_capabilities_are_what_the_server_can() -> None:
             assert connection.engine.facts() == {"engine": "openai", "model": "small", "server": ""}
             return connection.engine.capabilities
 
-    assert asyncio.run(main()) == {Capability.CONTINUE}
-    assert asyncio.run(main(completions=False)) == asyncio.run(main("?api=chat")) == frozenset()
-    assert asyncio.run(main("?continue=on", completions=False)) == {Capability.CONTINUE}
+    always = {Capability.PENALTIES, Capability.LOGIT_BIAS, Capability.GRAMMAR}
+    assert asyncio.run(main()) == {Capability.CONTINUE, *always}
+    assert asyncio.run(main(completions=False)) == asyncio.run(main("?api=chat")) == always
+    assert asyncio.run(main("?continue=on", completions=False)) == {Capability.CONTINUE, *always}
     assert "has no completions API" in refused(
         UsageError, "sample", "x", PlainServer(lambda _: WORDS, completions=False), "?api=completions"
     )
@@ -166,6 +169,52 @@ def test_settings_that_such_a_server_does_not_have_are_refused(setting: dict[str
     name = {"stop_ids": "stop_token_ids"}.get(key := next(iter(setting)), key)
     for prompt in (MESSAGES, "x"):
         assert f"has no setting {name}; SGLang and vLLM have" in refused(CapabilityError, "sample", prompt, **setting)
+
+
+def test_penalties_bias_and_schemas_are_sent_as_the_api_has_them() -> None:
+    asked = {"frequency_penalty": 0.5, "presence_penalty": -1.0, "logit_bias": {7: -math.inf, 9: 2.5}}
+    sent_as = {"frequency_penalty": 0.5, "presence_penalty": -1.0, "logit_bias": {"7": -100.0, "9": 2.5}}
+    schema = {"type": "object"}
+    for prompt, path in ((MESSAGES, CHAT), ("x", TEXT)):
+        [body] = sent(run("sample", prompt, **asked)[1], path)
+        assert body.items() >= sent_as.items()
+        for name in ("repetition_penalty", "regex"):
+            text = refused(CapabilityError, "sample", prompt, **{name: 1.5 if name != "regex" else "a"})
+            assert f"has no setting {name}" in text
+            assert "SGLang and vLLM have" in text
+    [body] = sent(run("sample", MESSAGES, json_schema=schema)[1], CHAT)
+    assert body["response_format"]["json_schema"]["schema"] == schema
+    assert body["response_format"]["type"] == "json_schema"
+    assert "has no setting json_schema for text prompts" in refused(CapabilityError, "sample", "x", json_schema=schema)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "version", "expected"),
+    [
+        ("vllm", "0.10.2", {"guided_regex": "a+"}),
+        ("vllm", "0.9.0", {"guided_regex": "a+"}),
+        ("vllm", "0.11.0", {"structured_outputs": {"regex": "a+"}}),
+        ("vllm", "1.2.0", {"structured_outputs": {"regex": "a+"}}),
+        ("sglang", "0.5.20", {"regex": "a+"}),
+    ],
+)
+def test_a_recognised_server_gets_the_names_that_it_knows(flavour: str, version: str, expected: dict[str, Any]) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/models":
+            return web.json_response({"data": [{"id": "small"}]})
+        if request.path == ("/version" if flavour == "vllm" else "/server_info"):
+            return web.json_response({"version": version})
+        raise web.HTTPNotFound
+
+    async def main() -> dict[str, Any]:
+        async with (
+            serving(answer) as fake,
+            orchestra.connect(f"openai://127.0.0.1:{fake.port}/v1") as connection,
+        ):
+            engine: Any = connection.engine
+            return engine._steering(Sampling(regex="a+", repetition_penalty=1.5), chat=False)
+
+    assert asyncio.run(main()) == {"repetition_penalty": 1.5, **expected}
 
 
 def test_bad_prompts() -> None:

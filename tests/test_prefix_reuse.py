@@ -219,7 +219,7 @@ class TestSabotage:
         self.broken(tiny, plain, check_prefix_reuse, "no causal path shares more than|one forward gives")
 
     def test_a_joined_cache_is_found(self, tiny, plain, monkeypatch):
-        true = local._snapshot
+        true = local.snapshot
 
         def plainly(node, view, tokens):
             seen = true(node, view, tokens)
@@ -227,7 +227,7 @@ class TestSabotage:
             seen.parent = seen.parent or (node.context[0] if node.context else None)
             return seen
 
-        monkeypatch.setattr(local, "_snapshot", plainly)
+        monkeypatch.setattr(local, "snapshot", plainly)
         self.broken(tiny, plain, check_joined_cache_is_not_found, "no causal path shares more than|one forward gives")
 
     def test_the_books_are_wrong(self, tiny, monkeypatch):

@@ -13,8 +13,8 @@ from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.runtime.local import radix
 from orchestra.runtime.local.admission import Admission
 from orchestra.runtime.local.cache import Cache
-from orchestra.runtime.local.engine import _snapshot
 from orchestra.runtime.local.integrity import check_integrity
+from orchestra.runtime.local.nodes import snapshot
 from orchestra.runtime.local.segments import Memory
 
 
@@ -24,7 +24,7 @@ def cache_of(keep=0):
 
 
 def learn(cache, graph):
-    nodes = [_snapshot(node, graph.view(node.context), node.tokens) for node in graph.nodes]
+    nodes = [snapshot(node, graph.view(node.context), node.tokens) for node in graph.nodes]
     return cache.learn(graph, nodes)
 
 

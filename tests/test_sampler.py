@@ -12,7 +12,7 @@ from orchestra.errors import UsageError
 from orchestra.graph import Edge, ThreadGraph
 from orchestra.runtime.engine import Sampling
 from orchestra.runtime.local.model import load_plain
-from orchestra.runtime.local.sampler import Batch, gumbel, noise_key, truncate
+from orchestra.runtime.local.sampler import Batch, gumbel, kept, noise_key
 from orchestra.testing import check_parity
 from orchestra.testing.graphs import generate
 
@@ -71,9 +71,9 @@ def test_greedy_takes_the_lowest_id_on_ties():
 
 def test_truncation_keeps_at_least_the_first_and_breaks_ties_by_id():
     scores = np.log(np.array([0.25, 0.25, 0.25, 0.25], np.float32))
-    assert np.isfinite(truncate(scores, Sampling(1.0, top_k=2))).tolist() == [True, True, False, False]
-    assert np.isfinite(truncate(scores, Sampling(1.0, top_p=1e-9))).tolist() == [True, False, False, False]
-    assert np.isfinite(truncate(scores, Sampling(1.0, min_p=1.0))).all()
+    assert kept(scores, Sampling(1.0, top_k=2)).tolist() == [0, 1]
+    assert kept(scores, Sampling(1.0, top_p=1e-9)).tolist() == [0]
+    assert kept(scores, Sampling(1.0, min_p=1.0)).tolist() == [0, 1, 2, 3]
 
 
 def test_engine_samples_the_model_s_distribution_over_strings(tmp_path):

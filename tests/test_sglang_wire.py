@@ -284,3 +284,19 @@ def test_a_body_says_what_sampling_says() -> None:
     assert full["sampling_params"] == expected
     assert said(logprobs=True)["return_logprob"] is True
     assert "top_logprobs_num" not in said(logprobs=True)
+    steered = said(
+        frequency_penalty=0.5,
+        presence_penalty=-1.0,
+        repetition_penalty=1.2,
+        logit_bias=((3, -math.inf), (9, 2.5)),
+        json_schema="{}",
+    )
+    assert steered["sampling_params"] == params | {
+        "frequency_penalty": 0.5,
+        "presence_penalty": -1.0,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"3": -1e9, "9": 2.5},
+        "json_schema": "{}",
+    }
+    assert said(regex='"[a-z]"')["sampling_params"] == params | {"regex": '"[a-z]"'}
+    assert "return_logprob" not in said(regex="a", logprobs=True)  # they come from a scoring pass

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import TAGS, byte_tokenizer, save_model, started
+from conftest import TAGS, byte_tokenizer
 from engines import opened, root
 
 from orchestra.graph import Edge, ThreadGraph
@@ -29,21 +29,6 @@ MODES = [
     for on in (True, False)
     if not (on and stop in (("s>",), ("><",)))  # servers look for stop strings in the text of ends, too
 ]
-
-
-@pytest.fixture(scope="module")
-def tagged(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that often says special tokens, and ends."""
-    return save_model(tmp_path_factory.mktemp("tagged"), tags=True)
-
-
-@pytest.fixture(scope="module")
-def server(tagged: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The same model on a real SGLang server."""
-    from orchestra.runtime.sglang_server import SGLangServer
-
-    with started(SGLangServer, tagged, tmp_path_factory.mktemp("sglang") / "server.log") as running:
-        yield running
 
 
 async def say(engine: Engine, prompt: str, sampling: Sampling, chunk: int = 0) -> Delta:
@@ -137,9 +122,9 @@ def test_the_end_is_the_end_unless_it_is_asked_for_by_name(tagged: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["sglang://{}", "openai://{}/v1"])
-def test_a_server_tells_the_same(tagged: str, server: Any, form: str) -> None:
+def test_a_server_tells_the_same(tagged: str, tagged_server: Any, form: str) -> None:
     async def main() -> None:
-        there = open_engine(form.format(f"127.0.0.1:{server.port}"))
+        there = open_engine(form.format(f"127.0.0.1:{tagged_server.port}"))
         async with opened(tagged) as here:
             await say(there, "hm", Sampling(max_tokens=40))  # here the OpenAI engine learns what an end is
             for prompt in PROMPTS[:3]:
@@ -153,9 +138,9 @@ def test_a_server_tells_the_same(tagged: str, server: Any, form: str) -> None:
     asyncio.run(main())
 
 
-def test_a_group_and_what_is_cancelled_of_it_show_no_end(tagged: str, server: Any) -> None:
+def test_a_group_and_what_is_cancelled_of_it_show_no_end(tagged: str, tagged_server: Any) -> None:
     async def main() -> None:
-        there = open_engine(f"sglang://127.0.0.1:{server.port}")
+        there = open_engine(f"sglang://127.0.0.1:{tagged_server.port}")
         await there.open()
         for skip in (True, False):
             for cancelled in (False, True):
@@ -185,7 +170,7 @@ def test_a_group_and_what_is_cancelled_of_it_show_no_end(tagged: str, server: An
 
 @pytest.mark.parametrize("after", [1, 6])
 def test_a_generation_that_breaks_and_goes_on_tells_the_same(
-    tagged: str, server: Any, after: int, monkeypatch: pytest.MonkeyPatch
+    tagged: str, tagged_server: Any, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stop of several special tokens may lie across the break; neither half of it is one."""
     events, left = sglang.events, [0]
@@ -201,7 +186,7 @@ def test_a_generation_that_breaks_and_goes_on_tells_the_same(
     stops: list[tuple[str, ...]] = [(), ("<Goal><Goal>",), ("</Path>",), ("l><P",)]
 
     async def main() -> None:
-        there = open_engine(f"sglang://127.0.0.1:{server.port}")
+        there = open_engine(f"sglang://127.0.0.1:{tagged_server.port}")
         async with opened(tagged) as here:
             for prompt in PROMPTS[:3]:
                 for stop in stops:
@@ -219,9 +204,9 @@ def test_a_generation_that_breaks_and_goes_on_tells_the_same(
 
 
 @pytest.mark.parametrize("form", ["sglang://{}", "openai://{}/v1"])
-def test_the_protocol_is_kept(server: Any, form: str) -> None:
+def test_the_protocol_is_kept(tagged_server: Any, form: str) -> None:
     async def main() -> list[str]:
-        engine = open_engine(form.format(f"127.0.0.1:{server.port}"))
+        engine = open_engine(form.format(f"127.0.0.1:{tagged_server.port}"))
         try:
             return await check_engine(engine, "the answer is")
         finally:

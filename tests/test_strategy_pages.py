@@ -20,7 +20,7 @@ HEADINGS = [
     "## Figures of the paper",
     "## Differences",
 ]
-SERVER = "sglang://127.0.0.1:30000"
+ELSEWHERE = ("sglang://127.0.0.1:30000", "local:Qwen/Qwen3-8B")
 BUILT_IN = [name for name, kind in registry().items() if kind.__module__.startswith("orchestra.")]
 
 
@@ -59,9 +59,11 @@ def test_the_command_lines_name_strategies_that_there_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_examples_run(name: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the embedded model as they stand; where they name a server, on a tiny random model in its place."""
+    """On the embedded model as they stand; where they name another engine, on a tiny random model in its place."""
     blocks = code(name, "python")
     assert blocks
     for block in blocks:
-        exec(compile(block.replace(SERVER, f"local:{tiny}"), f"{name}.md", "exec"), {"__name__": "__main__"})
+        for engine in ELSEWHERE:
+            block = block.replace(engine, f"local:{tiny}")
+        exec(compile(block, f"{name}.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()

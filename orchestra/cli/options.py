@@ -30,6 +30,15 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens with this total.", min=0, max=1)]
 MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of one generation.", min=1, show_default=False)]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(
+        "--json-schema", metavar="FILE", help="JSON schema that every generation satisfies.", show_default=False
+    ),
+]
+Regex = Annotated[
+    str | None, typer.Option(metavar="PATTERN", help="Pattern that every generation matches.", show_default=False)
+]
 Budget = Annotated[
     str | None,
     typer.Option(
@@ -67,6 +76,18 @@ def check_sampling(seed: int, temperature: float | None, top_p: float) -> None:
         raise UsageError("--temperature is not a number")
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p is above 0 and at most 1, not {top_p}")
+
+
+def read_schema(path: Path | None) -> str | None:
+    """The text of `--json-schema`.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --json-schema {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def check_writable(path: Path) -> None:

@@ -27,6 +27,8 @@ def command(
     temperature: options.Temperature = None,
     top_p: options.TopP = 1.0,
     max_tokens: options.MaxTokens = None,
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
     budget: options.Budget = None,
     trace: Annotated[
         Path | None,
@@ -55,6 +57,8 @@ def command(
         "temperature": temperature,
         "top_p": top_p,
         "max_tokens": max_tokens,
+        "json_schema": options.read_schema(json_schema),
+        "regex": regex,
         "budget": parse_budget(budget) if budget else None,
     }
     outcome = asyncio.run(_run(parse_strategy(strategy), engine, engines, messages, settings, live))

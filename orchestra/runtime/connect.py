@@ -66,17 +66,18 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
 def _demo(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if target:
         raise UsageError(f"the demo engine has one model: demo, not {_shown(url)!r}; local:PATH_OR_ID takes another")
-    return _in_process("demo", str(EMBEDDED), parameters, hint=_EMBEDDED_HINT)
+    return _in_process("demo", str(EMBEDDED), _take(parameters, _LOCAL), hint=_EMBEDDED_HINT)
 
 
 def _local(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if not target:
         raise UsageError("a local engine needs a model: local:PATH_OR_ID, such as local:./my-model?dtype=bfloat16")
-    return _in_process(f"local:{target}", target, parameters)
+    values = _take(parameters, {**_LOCAL, "adapter": str})
+    adapter = f"?adapter={values['adapter']}" if "adapter" in values else ""
+    return _in_process(f"local:{target}{adapter}", target, values)
 
 
-def _in_process(name: str, model: str, parameters: dict[str, str], **fixed: Any) -> Engine:
-    values = _take(parameters, _LOCAL)
+def _in_process(name: str, model: str, values: dict[str, Any], **fixed: Any) -> Engine:
     from orchestra.extras import require
 
     require("torch", "transformers", what="an in-process engine", extra="local")

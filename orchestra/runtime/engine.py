@@ -6,12 +6,13 @@ import abc
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from typing import Any, Self, TypedDict
 
-from orchestra.graph import Edge, Node, Span, ThreadGraph
+from orchestra.graph import Edge, Node, Span, ThreadGraph, View
 from orchestra.runtime.clock import REAL, Clock
+from orchestra.runtime.sampling import Capability as Capability
+from orchestra.runtime.sampling import Sampling as Sampling
 
 
 class Message(TypedDict):
@@ -22,49 +23,6 @@ class Message(TypedDict):
 
 
 Prompt = str | Sequence[Message]
-
-
-class Capability(StrEnum):
-    """What an engine can do beyond generating text from a prompt."""
-
-    CONTINUE = "continue"  # go on after any text the orchestrator wrote
-    LOGPROBS = "logprobs"  # raw log-probabilities of sampled tokens
-    TOP_LOGPROBS = "top_logprobs"  # and of the most likely alternatives
-    SCORE = "score"  # log-probabilities of given text
-    SEED = "seed"  # sampling is a function of (seed, fork path, position)
-    CUT = "cut"  # a thread may leave a node in the middle
-    REUSE_JOIN = "reuse_join"  # branches become context of one node, nothing is recomputed
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How to draw tokens, and when to stop.
-
-    Attributes:
-        temperature: 0 is greedy (ties to the lowest id).
-        top_k, top_p, min_p: truncations, in this order; 0, 1 and 0 are off.
-        max_tokens: most tokens to sample; None: as many as the context has room for.
-        stop: strings that end the generation. They are looked for with special tokens shown, whether the text shows
-            them or not, and stay in the text, which ends with them even if their last token goes on.
-        stop_ids: token ids that do the same.
-        ignore_eos: go on after the model's end-of-sequence token.
-        logprobs: report log-probabilities; engines for which they cost nothing always do.
-        top_logprobs: how many alternatives to report per token.
-        skip_special_tokens: leave special tokens out of the text. Models whose tags are special tokens need False. The
-            text of an end-of-sequence token is left out in either case.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-    top_logprobs: int = 0
-    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +42,7 @@ class Request:
         depth: sampled tokens on the heaviest chain that ends where the node begins: its clock in a race by tokens.
         item: the evaluation's item that the run works on, as `TASK/ID` or `ID`; empty if it is none.
         repeat: which of the item's samples the run is.
+        gang: what a concurrent node is generated in; the gang says what it reads.
     """
 
     graph: ThreadGraph
@@ -95,6 +54,7 @@ class Request:
     depth: int = 0
     item: str = ""
     repeat: int = 0
+    gang: Gang | None = None
 
     @property
     def context(self) -> list[Edge]:
@@ -117,6 +77,7 @@ class Delta:
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
         tempered: `logprobs` under softmax(logits / temperature) instead, where the engine knows it.
+        views: with the last delta of a concurrent node: what its tokens read, for `Node.views`.
         notes: what the engine knows besides, for `Node.notes` (JSON values).
     """
 
@@ -130,6 +91,7 @@ class Delta:
     eos: bool = False
     cached_tokens: int = 0
     tempered: list[float] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
     def merge(self, later: Delta) -> None:
@@ -144,7 +106,33 @@ class Delta:
         self.matched = later.matched
         self.eos = later.eos
         self.cached_tokens += later.cached_tokens
+        self.views += later.views
         self.notes.update(later.notes)
+
+
+class Gang(abc.ABC):
+    """Generations in lock-step that read each other's tokens while they grow (Hogwild! Inference, arXiv:2504.06261).
+
+    In each step every member feeds its next tokens, all their keys and values are written, and then all attend: token t
+    of one sees token t of the others. When a member's generation ends, the others stand still until the gang is
+    arranged anew and the member goes on with another node, or leaves. So what is read depends on nothing but the
+    program.
+    """
+
+    @abc.abstractmethod
+    def arrange(self, views: Mapping[int, Sequence[Edge]], settled: int = 0) -> None:
+        """Say what concurrent nodes read from their next step on.
+
+        Args:
+            views: concurrent node to the nodes that it reads and how many tokens of each, in the order in which they
+                are placed one after another from position 0; itself comes last and is not named. Of a node that is
+                being generated all is read, whatever the length.
+            settled: so many nodes at the beginning of all views have ended and keep their place from now on.
+        """
+
+    @abc.abstractmethod
+    def leave(self) -> None:
+        """One member is fewer: the others do not wait for it."""
 
 
 class Stream:
@@ -302,6 +290,16 @@ class Engine(abc.ABC):
     def generate_group(self, requests: Sequence[Request]) -> list[Stream]:
         """Start generations that differ in nothing but their node and path; engines may serve them together."""
         return [self.generate(request) for request in requests]
+
+    def gang(self, graph: ThreadGraph, members: int) -> Gang:
+        """A new gang of a run; it begins when `members` generations have been asked for with it.
+
+        Raises:
+            CapabilityError: the engine has no concurrent cache.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(f"{self.name} has no concurrent cache; local:PATH has")
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """Log-probability (nats) of every token of `node` in its context; 0 for a root's first token.

@@ -37,7 +37,8 @@ _PROCESS = {
 }
 _WITH_KEY = "a file with the API key; else it is taken from the environment:"
 _TOKENS = "continue, cut, logprobs, score"
-_ALL = f"{_TOKENS}, top_logprobs, seed, reuse_join"
+_STEER = "penalties, logit_bias, grammar"
+_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join"
 ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "demo",
@@ -49,12 +50,12 @@ ENGINES: tuple[EngineForm, ...] = (
         "local:PATH_OR_ID?dtype=bfloat16&device=cuda",
         "In-process PyTorch on a Hugging Face causal model; shared prefixes are stored and read once.",
         _ALL,
-        _PROCESS,
+        {"adapter": "folder of a PEFT adapter to merge into the model; PATH may also be an adapter itself", **_PROCESS},
     ),
     EngineForm(
         "sglang://HOST:PORT",
         "A running SGLang server, or several behind its router. Token ids in and out.",
-        f"{_TOKENS}, top_logprobs",
+        f"{_TOKENS}, top_logprobs, {_STEER}",
         {
             "model": "what it must serve, as a check",
             "n": _SAMPLES,
@@ -67,7 +68,7 @@ ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "sglang:PATH_OR_ID?tp=2",
         "Starts an SGLang server here and ends it with the connection; sglang:demo serves the embedded model.",
-        f"{_TOKENS}, top_logprobs",
+        f"{_TOKENS}, top_logprobs, {_STEER}",
         {
             "tp, dp, pp, ep": "tensor, data, pipeline and expert parallelism",
             "dtype, quantization, context_length, ...": "flags of the server, with underscores",
@@ -78,7 +79,7 @@ ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "openai://HOST:PORT/v1?model=NAME",
         "Any OpenAI-compatible server; openais:// for TLS. Chat for messages, completions for text.",
-        f"SGLang and vLLM: {_TOKENS}; others: continue, for text prompts where there are completions",
+        f"{_STEER}; SGLang and vLLM: {_TOKENS}; others: continue, for text prompts where there are completions",
         {
             "model": "which of its models; may be left away when there is one",
             "api": "auto, chat or completions",

@@ -23,7 +23,7 @@ from orchestra.runtime.ends import Ends
 from orchestra.runtime.engine import Capability, Delta, Message, Prompt, Request, Sampling
 from orchestra.runtime.http import Fault, Refused, Server, decode, events
 from orchestra.runtime.openai_wire import Reading
-from orchestra.runtime.remote import Call, RemoteEngine, Sample
+from orchestra.runtime.remote import Call, RemoteEngine, Sample, steering
 from orchestra.runtime.tokens import Contexts, ServerTokens, listed
 
 Flavour = Literal["sglang", "vllm", ""]
@@ -35,6 +35,7 @@ _RECOGNISED: tuple[tuple[Flavour, str], ...] = (
 )
 _WHOLE_TOKENS = 1024  # answers that nobody watches and that are no longer than this are asked for whole
 _ALL_TOKENS = 4096  # of a completion without limit, on a server that does not say how long its context is
+_LEAST_BIAS = -100.0  # the API's own
 _CHARACTERS_A_TOKEN = 4  # an estimate, for text that only an unknown server could count
 
 
@@ -79,6 +80,7 @@ class OpenAIEngine(RemoteEngine):
         self._api, self._asked_group, self._continues = api, max(1, group), continues
         self.flavour: Flavour = ""
         self._completes = False
+        self._guided = False  # what vLLM called it before 0.11
         self._limit = "max_tokens"
         self._contexts = Contexts(name, server)
         self._tokens: ServerTokens | None = None
@@ -104,6 +106,7 @@ class OpenAIEngine(RemoteEngine):
         length = served.get(self.model, {}).get("max_model_len")
         self.context_length = length if isinstance(length, int) else None
         version = await self._recognise()
+        self._guided = re.match(r"0\.(\d|10)\.", version) is not None
         if self.flavour:
             root = self._root + ("/v1" if self.flavour == "sglang" else "")
             self._tokens = ServerTokens(
@@ -117,7 +120,9 @@ class OpenAIEngine(RemoteEngine):
         self._completes = self._api != "chat" and (bool(self.flavour) or await self._exists("/completions"))
         if self._api == "completions" and not self._completes:
             raise UsageError(f"{self.name} has no completions API; leave api= away")
-        found = {Capability.CONTINUE} if self._completes or self._continues else set()
+        found = {Capability.PENALTIES, Capability.LOGIT_BIAS, Capability.GRAMMAR}
+        if self._completes or self._continues:
+            found.add(Capability.CONTINUE)
         if self.flavour and self._completes:
             found |= {Capability.CUT, Capability.LOGPROBS, Capability.SCORE}
         self.capabilities = frozenset(found)
@@ -236,6 +241,8 @@ class OpenAIEngine(RemoteEngine):
     # -- generation --------------------------------------------------------------------------------------------------
 
     def _resumable(self, sample: Sample) -> bool:
+        if sample.request.sampling.remembers:
+            return False  # what has come would be prompt, and forgotten
         return self._completes and not isinstance(_root_span(sample.request), ChatSpan)
 
     async def _try(self, call: Call, room: int | None = None) -> None:
@@ -275,13 +282,13 @@ class OpenAIEngine(RemoteEngine):
             await self._give_all(reading.ends(), sampling)
 
     async def _give_all(self, found: Iterable[tuple[Sample, Delta]], sampling: Sampling) -> None:
-        tempered = sampling.temperature not in (0.0, 1.0)
+        tempered = sampling.temperature not in (0.0, 1.0) or bool(sampling.needs)
         for sample, delta in found:
             await self._ends.hide(sample, delta)
             if delta.logprobs and tempered:
                 delta.logprobs = []
             if sampling.logprobs and tempered and self.flavour and delta.finish_reason in ("stop", "length"):
-                # Whether it reported them at the sampling temperature differs: a scoring pass gives the model's own.
+                # Whether they are as drawn from differs with the server: a scoring pass gives the model's own.
                 ids, count = await self._contexts.before(sample.request.graph, sample.request.node)
                 own = sample.tokens + delta.tokens
                 delta.logprobs = await self._echo([*map(int, ids.split(",")), *own], count)
@@ -299,9 +306,9 @@ class OpenAIEngine(RemoteEngine):
             "model": self.model,
             "temperature": sampling.temperature,
             **self._extras(sampling, call),
+            **self._steering(sampling, chat=isinstance(root := _root_span(request), ChatSpan)),
         }
         most, count = sampling.max_tokens, None
-        root = _root_span(request)
         if isinstance(root, ChatSpan):
             path = "/chat/completions"
             body["messages"] = self._messages(request, root)
@@ -352,11 +359,27 @@ class OpenAIEngine(RemoteEngine):
             extras["no_stop_trim" if self.flavour == "sglang" else "include_stop_str_in_output"] = True
             if self.flavour == "sglang" and len(call.samples) == 1:
                 extras["rid"] = call.rid
-            if sampling.logprobs:
+            if sampling.logprobs and not sampling.needs:  # else they come from a scoring pass
                 extras["logprobs"] = 1
         elif given := [key for key, value in known.items() if value is not None]:
             raise CapabilityError(f"{self.name} has no setting {', '.join(given)}; SGLang and vLLM have")
         return extras
+
+    def _steering(self, sampling: Sampling, *, chat: bool) -> dict[str, Any]:
+        """Penalties, bias and grammar, as this server calls them; a schema is what all of them take in one way."""
+        if not sampling.needs:
+            return {}
+        said = steering(sampling, least=_LEAST_BIAS)
+        unknown = {"repetition_penalty", "regex"} if chat else {"repetition_penalty", "regex", "json_schema"}
+        if not self.flavour and (given := sorted(unknown & said.keys())):
+            where = "" if chat else " for text prompts"
+            raise CapabilityError(f"{self.name} has no setting {', '.join(given)}{where}; SGLang and vLLM have")
+        if schema := said.pop("json_schema", None):
+            named = {"name": "answer", "schema": json.loads(schema), "strict": True}
+            said["response_format"] = {"type": "json_schema", "json_schema": named}
+        if self.flavour == "vllm" and (regex := said.pop("regex", None)) is not None:
+            said |= {"guided_regex": regex} if self._guided else {"structured_outputs": {"regex": regex}}
+        return said
 
     def _messages(self, request: Request, root: ChatSpan) -> list[Any]:
         text = _text(request, after_prompt=True)

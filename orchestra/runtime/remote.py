@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
-from orchestra.errors import EngineError, OrchestraError
+from orchestra.errors import EngineError, OrchestraError, UsageError
 from orchestra.graph import ThreadGraph
 from orchestra.runtime.engine import Delta, Engine, Load, Request, Stream
 from orchestra.runtime.http import Fault, Refused, Server
+from orchestra.runtime.sampling import Sampling
 
 _ABORT_WAITS = (0.1, 0.4, 1.5)  # seconds between aborts; then the connection is dropped
 _ABORT_SECONDS = 2.0  # for the server to say that it has heard; a frozen one does not
+_STEERING_WORDS = ("grammar", "logit_bias", "_penalty")  # in a refusal: the settings are at fault
 _NAME = uuid.uuid4().hex[:12]  # of this process, in request ids
 _begun = itertools.count(1)  # over all its engines: they may share a server
 
@@ -279,7 +281,8 @@ class RemoteEngine(Engine):
 
     def _refusal(self, refusal: Refused) -> OrchestraError:
         """A refusal as the error that the caller sees."""
-        return EngineError(f"{self.name} refuses the request: {refusal}")
+        kind = UsageError if any(word in str(refusal) for word in _STEERING_WORDS) else EngineError
+        return kind(f"{self.name} refuses the request: {refusal}")
 
     def _give(self, sample: Sample, delta: Delta) -> None:
         self._sampled += delta.count
@@ -319,3 +322,21 @@ class RemoteEngine(Engine):
             if call.task.done() or call.rid != rid:
                 return
         call.task.cancel()
+
+
+def steering(sampling: Sampling, *, least: float) -> dict[str, Any]:
+    """The settings that change a model's logits, under the names that servers share; those that change nothing are out.
+
+    Args:
+        sampling: the settings.
+        least: what is sent for a bias of minus infinity.
+    """
+    said: dict[str, Any] = {
+        "frequency_penalty": sampling.frequency_penalty or None,
+        "presence_penalty": sampling.presence_penalty or None,
+        "repetition_penalty": sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        "logit_bias": {str(token): max(bias, least) for token, bias in sampling.logit_bias} or None,
+        "json_schema": sampling.json_schema,
+        "regex": sampling.regex,
+    }
+    return {name: value for name, value in said.items() if value is not None}

@@ -4,7 +4,8 @@ Facts about that API that this file rests on (SGLang 0.5.20): streams are cumula
 `--incremental-streaming-output`; `/abort_request` answers the aborted stream with what was decoded; equal samples
 asked for by `n` get request ids of the server's own, so they can only be aborted together, by closing the connection;
 log-probabilities of sampled tokens are those of softmax(logits / temperature) unless the server was started with
-SGLANG_RETURN_ORIGINAL_LOGPROB=1, those of given tokens are always the model's own.
+SGLANG_RETURN_ORIGINAL_LOGPROB=1, and under penalties, bias and grammar in either case; those of given tokens are
+always the model's own. Penalties count the tokens of one request, and its grammar begins with the first of them.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class SGLangEngine(RemoteEngine):
 
     capabilities = frozenset(
         {Capability.CONTINUE, Capability.LOGPROBS, Capability.TOP_LOGPROBS, Capability.SCORE, Capability.CUT}
+        | {Capability.PENALTIES, Capability.LOGIT_BIAS, Capability.GRAMMAR}
     )
 
     def __init__(
@@ -175,7 +177,7 @@ class SGLangEngine(RemoteEngine):
         request = call.samples[0].request
         sampling = request.sampling
         wants_raw = _wants_raw(sampling)
-        if wants_raw and self._tempered is None:
+        if wants_raw and not sampling.needs and self._tempered is None:
             self._tempered = await self._reports_tempered(request)
         try:
             body, whole = await self._body(call)
@@ -184,7 +186,7 @@ class SGLangEngine(RemoteEngine):
                 last = Delta(finish_reason="length")
                 if sample.resumed:
                     await self._retell(sample, last)
-                    if wants_raw and self._tempered:
+                    if wants_raw and self._misreports(sampling):
                         await self._add_raw(sample, last)
                 self._give(sample, last)
             return
@@ -208,7 +210,7 @@ class SGLangEngine(RemoteEngine):
             await self._ends.hide(sample, delta)
             if sample.resumed:
                 await self._retell(sample, delta)
-            if wants_raw and self._tempered:
+            if wants_raw and self._misreports(sample.request.sampling):
                 await self._add_raw(sample, delta)
             elif wants_raw:
                 delta.tempered = []
@@ -269,7 +271,7 @@ class SGLangEngine(RemoteEngine):
         return PromptError(f"the prompt has {count} tokens; {self.name} {takes}")
 
     def _resumable(self, sample: Sample) -> bool:
-        return True
+        return not sample.request.sampling.remembers  # what has come would be prompt, and forgotten
 
     def _keep(self, call: Call, sample: Sample) -> None:
         reading: Reading | None = call.state
@@ -278,7 +280,7 @@ class SGLangEngine(RemoteEngine):
             if sample.resumed:
                 delta.text = ""  # told anew when it goes on
             if _wants_raw(sample.request.sampling):
-                if self._tempered:
+                if self._misreports(sample.request.sampling):
                     delta.logprobs, delta.top = [], []  # told at the end
                 else:
                     delta.tempered = []
@@ -335,9 +337,15 @@ class SGLangEngine(RemoteEngine):
             gaps.append(first - second)
         return abs(gaps[1] - gaps[0] / 4) < abs(gaps[1] - gaps[0])
 
+    def _misreports(self, sampling: Sampling) -> bool:
+        """Whether the log-probabilities that the server reports are not the model's own."""
+        return bool(sampling.needs or self._tempered)
+
     async def _add_raw(self, sample: Sample, delta: Delta) -> None:
-        """Put the model's own log-probabilities, from a scoring pass, where the server reported tempered ones."""
+        """Put the model's own log-probabilities, from a scoring pass, where the server reported others."""
         delta.logprobs, delta.top = [], []
+        if sample.request.sampling.needs:
+            delta.tempered = []
         if delta.finish_reason in ("stop", "length"):
             request = sample.request
             ids, count = await self._contexts.before(request.graph, request.node)
@@ -403,5 +411,6 @@ class SGLangEngine(RemoteEngine):
 
 
 def _wants_raw(sampling: Sampling) -> bool:
-    """Whether log-probabilities are asked for that a server may report at the sampling temperature only."""
-    return (sampling.logprobs or sampling.top_logprobs > 0) and sampling.temperature not in (0.0, 1.0)
+    """Whether log-probabilities are asked for that a server may report as they were after temperature and penalties."""
+    changed = sampling.temperature not in (0.0, 1.0) or bool(sampling.needs)
+    return (sampling.logprobs or sampling.top_logprobs > 0) and changed

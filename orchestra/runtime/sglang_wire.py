@@ -10,11 +10,14 @@ from typing import Any
 
 from orchestra.runtime.engine import Delta, Sampling
 from orchestra.runtime.http import Fault, Refused, decode, raise_error
-from orchestra.runtime.remote import Sample
+from orchestra.runtime.remote import Sample, steering
 
 _INTEGER = frozenset({int})  # a bool is none
 _ERROR = b'{"error":'
 _UNFINISHED = b'"finish_reason":null'
+
+
+LEAST_BIAS = -1e9  # bans a token: JSON has no minus infinity, and the server adds what it is sent to its logits
 
 
 @lru_cache(maxsize=64)
@@ -34,8 +37,12 @@ def settings(sampling: Sampling) -> str:
         params["stop"] = list(sampling.stop)
     if sampling.stop_ids:
         params["stop_token_ids"] = list(sampling.stop_ids)
-    asked = '"return_logprob":true,' if sampling.logprobs or sampling.top_logprobs else ""
-    asked += f'"top_logprobs_num":{sampling.top_logprobs},' if sampling.top_logprobs else ""
+    if sampling.needs:
+        params |= steering(sampling, least=LEAST_BIAS)
+    asked = ""
+    if _tells_logprobs(sampling):
+        asked = '"return_logprob":true,'
+        asked += f'"top_logprobs_num":{sampling.top_logprobs},' if sampling.top_logprobs else ""
     return f'{asked}"sampling_params":{json.dumps(params)[:-1]},'
 
 
@@ -136,7 +143,7 @@ class Reading:
             self._seen[index] = count
             self._shown[index] = len(text) if cumulative else shown + len(text)
             sampling = sample.request.sampling
-            if delta.count and (sampling.logprobs or sampling.top_logprobs or "output_token_logprobs" in meta):
+            if delta.count and (_tells_logprobs(sampling) or "output_token_logprobs" in meta):
                 _add_logprobs(delta, meta, sampling)
             if delta.count and not sample.count and not seen:  # told with every event
                 delta.cached_tokens = int(meta.get("cached_tokens") or 0)
@@ -154,6 +161,15 @@ class Reading:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise Fault(f"it sent an answer of another shape: {str(event)[:80]}") from error
         return delta, None
+
+
+def _tells_logprobs(sampling: Sampling) -> bool:
+    """Whether the server is asked for log-probabilities with the tokens.
+
+    Not if it changes the logits: what it told would not be the model's own, and a grammar that it refuses in a request
+    that asks for them ends the server (0.5.20).
+    """
+    return (sampling.logprobs or sampling.top_logprobs > 0) and not sampling.needs
 
 
 def _add_logprobs(delta: Delta, meta: Mapping[str, Any], sampling: Sampling) -> None:

@@ -9,6 +9,7 @@ from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.budget_forcing import BudgetForcing
 from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
+from orchestra.strategies.hogwild import Hogwild
 from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.pdr import Pdr
 from orchestra.strategies.refine import Refine
@@ -25,6 +26,7 @@ __all__ = [
     "BudgetForcing",
     "ConfidenceVote",
     "FirstFinish",
+    "Hogwild",
     "MapReduce",
     "Pdr",
     "Refine",

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from orchestra.errors import BudgetExceeded
+from orchestra.errors import BudgetExceeded, UsageError
 from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Capability, Delta
 from orchestra.strategies.base import Strategy
@@ -55,6 +55,8 @@ class BeamSearch(Strategy):
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Search, then choose."""
+        if thread.sampling().needs:
+            raise UsageError("beam_search weighs the model's own tokens: it takes no penalties, logit_bias or grammar")
         found = await _Search(self, thread).run()
         outcome = self.conclude([end.candidate for end in found])
         outcome._thread = found[self.choose(outcome.candidates)].thread

@@ -12,6 +12,7 @@ from orchestra.testing.caching import (
     check_memory_limit,
     check_prefix_reuse,
 )
+from orchestra.testing.concurrent import check_concurrent_parity
 from orchestra.testing.conformance import check_engine
 from orchestra.testing.graphs import Played, Step, play, random_graph, random_program
 from orchestra.testing.laws import (
@@ -35,6 +36,7 @@ __all__ = [
     "ScriptedEngine",
     "Step",
     "check_agreement",
+    "check_concurrent_parity",
     "check_conservation",
     "check_engine",
     "check_greedy",

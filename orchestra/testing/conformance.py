@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from orchestra.errors import CapabilityError, PromptError
+from orchestra.errors import CapabilityError, OrchestraError, PromptError
 from orchestra.graph import Edge, Node, Span, ThreadGraph
 from orchestra.runtime.engine import Capability, Delta, Engine, Load, Request, Sampling, Stream
 from orchestra.testing.laws import CLOSE_CALL
@@ -76,6 +78,9 @@ _CHECKS: dict[str, frozenset[Capability]] = {
     "scores": frozenset({Capability.SCORE}),
     "seeds": frozenset({Capability.SEED}),
     "cut": frozenset({Capability.CUT}),
+    "penalties": frozenset({Capability.PENALTIES, Capability.SCORE, Capability.LOGPROBS}),
+    "logit_bias": frozenset({Capability.LOGIT_BIAS}),
+    "grammar": frozenset({Capability.GRAMMAR}),
 }
 
 
@@ -376,6 +381,39 @@ class _Suite:
             f"from token {at} on it says {rest.text!r}, not the end of {whole.text!r}"
         )
         await self.engine.release(graph)
+
+    async def penalties(self) -> None:
+        """Whatever the tokens were drawn from, their log-probabilities are the model's own."""
+        graph = ThreadGraph()
+        context = [_end(await self.root(graph))]
+        penalised = replace(self.sampling, frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.5)
+        for temperature in (0.0, 0.7, 1.0):
+            node, stream = self.start(graph, context, replace(penalised, temperature=temperature, logprobs=True))
+            said = await self.read(node, stream)
+            assert len(said.logprobs) == said.count, f"{len(said.logprobs)} log-probabilities of {said.count} tokens"
+            _close(said.logprobs, await self.engine.score(graph, node), f"with penalties at temperature {temperature}")
+        await self.engine.release(graph)
+
+    async def logit_bias(self) -> None:
+        """A token that is banned is not said."""
+        said = await self.alone()
+        if not said.tokens:
+            return
+        banned = await self.alone(replace(self.sampling, logit_bias=((said.tokens[0], -math.inf),)))
+        assert said.tokens[0] not in banned.tokens, f"it says token {said.tokens[0]}, which is banned"
+
+    async def grammar(self) -> None:
+        """What it says anyway, as a regular expression, is what it says, and then it stops."""
+        text = (await self.alone(replace(self.sampling, max_tokens=min(6, self.sampling.max_tokens or 6)))).text
+        pattern = re.sub(r"[\\^$.|?*+()\[\]{}/-]", r"\\\g<0>", text)
+        if not text or "\ufffd" in text:
+            return
+        try:
+            said = await self.alone(replace(self.sampling, regex=pattern, temperature=1.0))
+        except OrchestraError:
+            return  # servers' libraries do not know every tokenizer
+        assert said.text == text, f"with a regex that only {text!r} matches it says {said.text!r}"
+        assert said.finish_reason == "stop", f"its grammar is satisfied, and it ends by {said.finish_reason!r}"
 
 
 def _end(node: Node) -> Edge:

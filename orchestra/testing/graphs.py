@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph
@@ -49,7 +49,13 @@ class Played:
 
 
 def random_program(
-    seed: int, *, nodes: int = 8, tokens: int = 12, words: Sequence[str] = LETTERS, temperature: float | None = None
+    seed: int,
+    *,
+    nodes: int = 8,
+    tokens: int = 12,
+    words: Sequence[str] = LETTERS,
+    temperature: float | None = None,
+    settings: Sequence[Mapping[str, Any]] = (),
 ) -> list[Step]:
     """A program of nested forks, cuts, reuse joins and recompute joins, on one or two roots.
 
@@ -59,6 +65,7 @@ def random_program(
         tokens: most tokens to sample, and most words to force, per step.
         words: what prompts are made of, joined by blanks.
         temperature: None mixes greedy and warm generations.
+        settings: further fields of `Sampling`; each generation has one of these.
     """
     draw = random.Random(seed)
     program: list[Step] = []
@@ -68,7 +75,8 @@ def random_program(
 
     def sampling() -> Sampling:
         warm = draw.choice([0.0, 0.7, 1.0]) if temperature is None else temperature
-        return Sampling(temperature=warm, max_tokens=draw.randint(1, tokens), ignore_eos=True)
+        plain = Sampling(temperature=warm, max_tokens=draw.randint(1, tokens), ignore_eos=True)
+        return replace(plain, **draw.choice(settings)) if settings else plain
 
     for i in range(nodes):
         kind = "root" if i == 0 else draw.choice(["root", "fork", "fork", "fork", "cut", "cut", "reuse", "recompute"])

@@ -35,14 +35,24 @@ def row_logits(model: Any, graph: ThreadGraph) -> Tensor:
 
     row = flatten(graph)
     allowed = dense_mask(row)
+    positions = torch.tensor(row.positions)
     # Entries that see nothing (there are none in a valid row) would give nan, and be noticed.
     least = torch.finfo(model.dtype).min
-    mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, least)[None, None]
+
+    def mask(seen: Tensor) -> Tensor:
+        return torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, least)[None, None]
+
+    # A mask that is given takes the place of all that the model would make, so windows must be in it: by position.
+    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    masks: Any = mask(allowed)
+    if window is not None and (kinds is None or "sliding_attention" in kinds):
+        near = mask(allowed & (positions.unsqueeze(1) - positions < window))
+        masks = near if kinds is None else {"full_attention": masks, "sliding_attention": near}
     with torch.inference_mode():
         logits: Tensor = model(
             input_ids=torch.tensor([row.tokens]),
-            position_ids=torch.tensor([row.positions]),
-            attention_mask=mask,
+            position_ids=positions.unsqueeze(0),
+            attention_mask=masks,
             use_cache=False,
         ).logits[0]
     return logits.float()

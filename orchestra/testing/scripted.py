@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestra.errors import PromptError
-from orchestra.graph import Span, ThreadGraph
+from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.runtime.clock import SimulatedClock, Timer
-from orchestra.runtime.engine import Capability, Delta, Engine, Load, Prompt, Request, Stream
+from orchestra.runtime.engine import Capability, Delta, Engine, Gang, Load, Prompt, Request, Stream
 
 Top = Callable[[str, int], Mapping[str, float]]
 """From the text so far and a token's position on its path to `{word: log-probability}`; `$` is the end of sequence."""
@@ -36,6 +36,19 @@ class _Playing:
     timer: Timer | None = None
 
 
+class _Arrangement(Gang):
+    """Workers are heard, but nobody waits for anybody: a script is told what there is when a step begins."""
+
+    def __init__(self) -> None:
+        self.views: dict[int, Sequence[Edge]] = {}
+
+    def arrange(self, views: Mapping[int, Sequence[Edge]], settled: int = 0) -> None:
+        self.views |= views
+
+    def leave(self) -> None:
+        pass
+
+
 class ScriptedEngine(Engine):
     """Plays `script`. A token is a word with the white space before it; every live request says `rate` a second.
 
@@ -52,7 +65,13 @@ class ScriptedEngine(Engine):
     """
 
     name = "scripted"
-    capabilities = frozenset(Capability) - {Capability.SCORE, Capability.TOP_LOGPROBS}
+    capabilities = frozenset(Capability) - {
+        Capability.SCORE,
+        Capability.TOP_LOGPROBS,
+        Capability.PENALTIES,
+        Capability.LOGIT_BIAS,
+        Capability.GRAMMAR,
+    }
 
     def __init__(
         self, script: Script | None = None, *, reuse_join: bool = True, rate: float = 1.0, top: Top | None = None
@@ -102,9 +121,12 @@ class ScriptedEngine(Engine):
     def generate(self, request: Request) -> Stream:
         """Play what the script says to this context."""
         graph, node = request.graph, request.node
-        view = {**graph.view(node.context), node.id: len(node)}
+        view: list[Edge] = [Edge(*read) for read in graph.view(node.context).items()]
+        if isinstance(request.gang, _Arrangement):
+            view = [Edge(n, length or len(graph.nodes[n])) for n, length in request.gang.views[node.id]]
         words = {index: word for word, index in self._ids.items()}
-        context = "".join(words[token] for n, length in view.items() for token in graph.nodes[n].tokens[:length])
+        read = [*view, Edge(node.id, len(node))]
+        context = "".join(words[token] for n, length in read for token in graph.nodes[n].tokens[:length])
         reply = re.findall(r"\s*\S+|\s+$", self._script(context, request.path)) if self._script else []
         clock = self.clock(graph)
         stream = Stream(lambda: self._cancel(playing), request.chunk)
@@ -113,6 +135,10 @@ class ScriptedEngine(Engine):
         self._live.append(playing)
         self._wait(playing)
         return stream
+
+    def gang(self, graph: ThreadGraph, members: int) -> Gang:
+        """Workers who hear each other, not in lock-step."""
+        return _Arrangement()
 
     def clock(self, graph: ThreadGraph) -> SimulatedClock:
         """The run's own clock, from 0."""

@@ -1,13 +1,15 @@
-"""The configuration of a training run of the embedded model: a YAML file and overrides."""
+"""The configuration of a training run: a YAML file and overrides. Here: that of the embedded model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,12 @@ class TrainingConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """Read a YAML file and ``key=value`` overrides (values are YAML too).
+    """The configuration of the embedded model's training; see `read_config`."""
+    return read_config(TrainingConfig, path, overrides)
+
+
+def read_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and ``key=value`` overrides (values are YAML too) into a dataclass.
 
     Raises:
         ValueError: A key is unknown or an override has no equals sign.
@@ -81,7 +88,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         if not equals:
             raise ValueError(f"override {override!r} is not of the form key=value")
         values[key] = yaml.safe_load(value)
-    known = [known_field.name for known_field in fields(TrainingConfig)]
+    known = [known_field.name for known_field in fields(kind)]  # type: ignore[arg-type]  # a dataclass
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in {path}: choose from {', '.join(known)}")
@@ -89,4 +96,4 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
     for key in ("learning_rate", "weight_decay"):
         if key in values:
             values[key] = float(values[key])
-    return replace(TrainingConfig(), **values)
+    return kind(**values)

@@ -1,4 +1,4 @@
-"""The word-level tokenizer of the embedded model.
+"""The word-level tokenizer of the embedded model, and of others with words of their own.
 
 Every word is a token, newline too. A word start is marked with ``▁`` by the normalizer and turned back into a space by
 the decoder, so decoding is a homomorphism (decode(a + b) == decode(a) + decode(b)) and text that the model wrote
@@ -7,6 +7,7 @@ encodes to the ids it came from. Words outside the vocabulary become ``<unk>``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,9 @@ WORDS = (
 MARK = "\u2581"
 
 
-def vocabulary() -> dict[str, int]:
+def vocabulary(words: Sequence[str] = WORDS) -> dict[str, int]:
     """Token strings (words carry the word-start mark) to ids."""
-    tokens = (*SPECIAL, "\n", *(MARK + word for word in WORDS))
+    tokens = (*SPECIAL, "\n", *(MARK + word for word in words))
     return {token: index for index, token in enumerate(tokens)}
 
 
@@ -38,7 +39,7 @@ def encode(text: str) -> list[int]:
     return [IDS.get(word, UNK) for word in text.replace("\n", " \n ").split(" ") if word]
 
 
-def build(context: int = 4096) -> PreTrainedTokenizerFast:
+def build(context: int = 4096, words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     """The tokenizer as a Hugging Face object; `context` is the longest sequence of its model."""
     from tokenizers import (  # type: ignore[import-untyped]
         Regex,
@@ -51,7 +52,7 @@ def build(context: int = 4096) -> PreTrainedTokenizerFast:
     )
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary(words), unk_token="<unk>"))
     replace = normalizers.Replace
     tokenizer.normalizer = normalizers.Sequence(
         [

@@ -168,7 +168,7 @@ class Tails:
         keys, values: the whole arena, `[layers, slots, key heads, capacity, dim]`.
         used: tokens in each slot, the new ones included, int64 `[slots in use]`.
         longest: the maximum of `used`.
-        mask: `[slots in use, 1, 1, longest]`, added to the scores.
+        mask: `[slots in use, 1, 1, longest]`, added to the scores; None when all are equally long.
         index: where the new tokens go in `[slots * key heads * capacity]`, `[slots in use * key heads]`.
         readers: rows that read each slot, int64 `[slots in use, readers]`; None when each is read by its own row only.
         turns: as in `Shared`, `[slots in use, readers]`.
@@ -179,7 +179,7 @@ class Tails:
     values: Tensor
     used: Tensor
     longest: int
-    mask: Tensor
+    mask: Tensor | None
     index: Tensor
     readers: Tensor | None = None
     turns: Tensor | None = None
@@ -198,11 +198,13 @@ class Tails:
         """The tails with their mask and index."""
         _, _, heads, capacity, _ = keys.shape
         device = keys.device
-        mask = torch.zeros(len(used), longest, device=device)
-        mask.masked_fill_(torch.arange(longest, device=device) >= used.unsqueeze(1), -torch.inf)
+        mask = None
+        if int(used.min()) < longest:
+            beyond = torch.arange(longest, device=device) >= used.view(-1, 1, 1, 1)
+            mask = torch.zeros(beyond.shape, device=device).masked_fill_(beyond, -torch.inf)
         lines = torch.arange(len(used) * heads, device=device).view(-1, heads) * capacity
         index = (lines + (used - 1).unsqueeze(1)).view(-1)
-        return cls(start, keys, values, used, longest, mask.view(len(used), 1, 1, longest), index, readers, turns)
+        return cls(start, keys, values, used, longest, mask, index, readers, turns)
 
     @property
     def stop(self) -> int:
@@ -242,8 +244,9 @@ class Tails:
         """The read when a query sees the keys of the last `window` positions only: those of a slot are consecutive."""
         assert self.readers is None, "a windowed model has no concurrent cache"
         columns = torch.arange(self.longest, device=positions.device)
-        gone = columns < (self.used - window).unsqueeze(1)
-        mask = self.mask.masked_fill(gone.view(self.mask.shape), -torch.inf)
+        used = self.used.view(-1, 1, 1, 1)
+        unseen = (columns >= used) | (columns < used - window)
+        mask = torch.zeros(unseen.shape, device=positions.device).masked_fill_(unseen, -torch.inf)
         return Tails(self.start, self.keys, self.values, self.used, self.longest, mask, self.index)
 
 

@@ -7,7 +7,8 @@ It keeps its tokens, waits in line at its place, and goes on by computing them a
 
 This cannot deadlock. A stretch is read only by work that came after the generation that fills it, so the youngest has
 no reader, and the oldest is never preempted for another but by the end of one that it reads. When nothing else is
-admitted everything else can be evicted; what does not fit then is refused.
+admitted everything else can be evicted; what does not fit then is refused. Members of a gang do not
+give way, because what they have read was there only once; a gang that is too large for the limit alone exceeds it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,11 @@ class Admission:
         if (work.slab is not None and work.fed) or state.pinned:
             size = len(state.tokens) * self.memory.token_bytes
             while not (found := self._find(lambda: size)) and state.pinned:
-                self._preempt(self._youngest())
+                victim = self._youngest()
+                if victim is None:  # a gang reads it: its keys cannot be computed again, and must stay
+                    found = True
+                    break
+                self._preempt(victim)
             if found and work.slab is not None:
                 self.cache.seal(work)
             elif state.pinned:
@@ -92,29 +97,64 @@ class Admission:
 
     def admit(self) -> None:
         """Let work in, as long as there is memory and, for generations, room in the batch."""
-        jobs = islice(self.waiting, max(0, self.max_batch - sum(isinstance(work, Job) for work in self.admitted)))
         scores = [score for score in self.scores if not score.admitted]
-        line: Iterator[Work] = merge(list(jobs), scores, key=lambda work: work.number)
+        line: Iterator[Work] = merge(self._next(), scores, key=lambda work: work.number)
         for work in line:
             need = self._enter(work)
-            if need and self.admitted:
+            if need and self._youngest() is not None:
                 return  # those that are in will end, and free what they hold
+            if need and self.admitted and not (isinstance(work, Job) and work.gang is not None):
+                return  # gangs are in
             if need:
                 what = "a generation" if isinstance(work, Job) else "a scoring"
                 error = f"{what} needs {need} bytes of keys and values for itself; the limit is {self.memory.limit}"
                 self._refuse(work, EngineError(f"{error} (memory=)"))
 
+    def _next(self) -> list[Job]:
+        """The generations for which there is room in the batch; a gang comes in as a whole."""
+        inside = [work for work in self.admitted if isinstance(work, Job)]
+        gangs = {job.gang for job in inside if job.gang is not None}
+        free = self.max_batch - sum(job.gang is None for job in inside) - sum(gang.members for gang in gangs)
+        if not any(job.gang is not None for job in self.waiting):
+            return list(islice(self.waiting, max(0, free)))
+        found = [job for job in self.waiting if job.gang in gangs]  # the others of their gang wait for them
+        for job in self.waiting:
+            if job.gang is None:
+                free -= 1
+            elif job.gang not in gangs:
+                free -= job.gang.members
+                gangs.add(job.gang)
+            elif job in found:
+                continue
+            if free < 0:
+                break
+            found.append(job)
+        return sorted(found, key=lambda job: job.number)
+
     def grow(self) -> None:
         """Move generations whose slot is full to larger ones; for those that find no memory the youngest give way."""
         for job in sorted(self.arena.full(), key=lambda job: job.number):
-            while job.slab is not None:  # else it has given way, to an older one or because it is the youngest
-                capacity = self.arena.capacity(job.slab.capacity + 1)
-                if self._find(partial(self.arena.cost, capacity)):
-                    self.arena.reserve(job, capacity)
-                    self.arena.move(job)
+            # It may have given way, to an older one or because it is the youngest; or its gang has moved.
+            while (slab := job.slab) is not None and slab.used[job.slot] >= slab.capacity:
+                capacity = self.arena.capacity(slab.capacity + 1)
+                need = partial(self.arena.growth, slab, capacity)
+                if self._find(need):
                     self.changed = True
-                    break
-                self._preempt(self._youngest())
+                    if slab.gang is not None:
+                        self.arena.enlarge(slab, capacity, slab.taken)
+                    else:
+                        self.arena.reserve(job, capacity)
+                        self.arena.move(job)
+                elif (victim := self._youngest()) is not None:
+                    self._preempt(victim)
+                else:
+                    error = f"a gang needs {need()} bytes more of keys and values; the limit is {self.memory.limit}"
+                    self._refuse(job, EngineError(f"{error} (memory=)"))
+
+    def demand(self, need: int) -> None:
+        """Free so many bytes for a gang, which does not wait; between two steps. If all others are out, that is all."""
+        while not self._find(lambda: need) and (victim := self._youngest()) is not None:
+            self._preempt(victim)
 
     def _enter(self, work: Work) -> int:
         """Admit work; returns 0, or how many bytes it needs if there are not so many."""
@@ -125,7 +165,7 @@ class Admission:
         else:
             work.given = len(work.state.tokens)
             for copy in (True, False):  # where memory is short, nothing is copied
-                capacity = self.arena.capacity(self.cache.layout(work, copy))
+                capacity = self.arena.capacity(self.cache.layout(work, copy), work.gang)
                 cost = partial(self._cost, work, capacity)
                 if found := self._find(cost, work):
                     break
@@ -155,7 +195,8 @@ class Admission:
         tokens = sum(length for _, length in self._missing(work))
         if isinstance(work, Score):
             tokens += len(work.tokens)
-        return tokens * self.memory.token_bytes + (self.arena.cost(capacity) if capacity else 0)
+            return tokens * self.memory.token_bytes
+        return tokens * self.memory.token_bytes + self.arena.cost(capacity, work.gang)
 
     def _find(self, need: Callable[[], int], work: Work | None = None) -> bool:
         """Free so many bytes without taking from what is admitted, nor the context of `work`."""
@@ -171,8 +212,10 @@ class Admission:
                 return True
         return False
 
-    def _youngest(self) -> Work:
-        return max(self.admitted, key=lambda work: work.number)
+    def _youngest(self) -> Work | None:
+        """Who gives way next. Members of gangs do not: what they have read was there only once."""
+        able = [work for work in self.admitted if isinstance(work, Score) or work.gang is None]
+        return max(able, key=lambda work: work.number, default=None)
 
     def _preempt(self, work: Work) -> None:
         """Send work back to its place in the line; of what it computed only the tokens stay."""

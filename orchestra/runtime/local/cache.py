@@ -7,19 +7,15 @@ again from the tokens. Memory is allocated when somebody is admitted or grows (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
 from orchestra.graph import ThreadGraph
+from orchestra.runtime.attention.cost import in_place
 from orchestra.runtime.local import radix
 from orchestra.runtime.local.jobs import Job, Score
 from orchestra.runtime.local.nodes import WHOLE, Context, NodeState, Piece, Place, Run, Snapshot
 from orchestra.runtime.local.segments import Arena, Memory, Segment
-
-COPY_BYTES = 1024 * 1024
-"""A context segment is copied in front of its readers' tails when all copies together take at most so many bytes of a
-layer; else it is read in place, once for all readers. Measured on one core with 4 heads of 32: a separate read costs
-about 150 microseconds a layer, in which the copies' 9 GB/s read 1.4 MB."""
 
 
 class Cache:
@@ -27,7 +23,7 @@ class Cache:
 
     Args:
         memory: the shape of keys and values, their bytes and their limit.
-        copy_bytes: see `COPY_BYTES`; 0 reads every context segment in place.
+        copy_bytes: see `attention.cost`; 0 reads every context segment in place.
         keep: bytes of keys and values of ended runs that may stay, for prompts that begin like theirs.
 
     Attributes:
@@ -38,6 +34,7 @@ class Cache:
         kept: those that no run holds.
         tokens: with keys and values; copies are not counted.
         kept_tokens, kept_bytes: of `kept`.
+        demand: frees bytes for what does not wait in line; the admission's.
     """
 
     def __init__(self, memory: Memory, copy_bytes: int, keep: int) -> None:
@@ -49,7 +46,8 @@ class Cache:
         self.kept: dict[NodeState, None] = {}
         self.tokens = self.kept_tokens = self.kept_bytes = 0
         # In a slot of a windowed model stands nothing but the node itself: its positions are then consecutive.
-        self._copy_tokens = 0 if memory.windows else copy_bytes * memory.layers // memory.token_bytes
+        self._copy_bytes = 0 if memory.windows else copy_bytes
+        self.demand: Callable[[int], None] = self.evict
         self._clock = 0
         self._serial = count(1)
 
@@ -159,13 +157,14 @@ class Cache:
             The tokens that its slot must have room for.
         """
         job.copied, job.inplace = [], []
-        room = self._copy_tokens if copy else 0
+        token_bytes = self.memory.token_bytes // self.memory.layers
+        room = self._copy_bytes // token_bytes if copy else 0
         for state, length in job.context:
-            if length * state.readers <= self._copy_tokens and length <= room:
+            if length > room or in_place(length, state.readers, token_bytes, self._copy_bytes):
+                job.inplace.append((state, length))
+            else:
                 job.copied.append((state, length))
                 room -= length
-            else:
-                job.inplace.append((state, length))
         return sum(length for _, length in job.copied) + job.given + 1
 
     def place(self, job: Job) -> None:
@@ -327,6 +326,22 @@ class Cache:
         work.admitted = True
         for state, _ in work.context:
             state.pinned += 1
+
+    def hold(self, context: Context) -> None:
+        """Have room for what a gang reads, and keep it until `let_go`."""
+        self.touch(context)
+        for state, length in context:
+            if not state.growing and state.room < length:
+                self.demand(length * self.memory.token_bytes)
+                self.reserve(state, length)
+            state.readers += 1
+            state.pinned += 1
+
+    def let_go(self, context: Context) -> None:
+        """Undo `hold`."""
+        for state, _ in context:
+            state.readers -= 1
+            state.pinned -= 1
 
     def unpin(self, work: Job | Score) -> None:
         """Undo `pin`; does nothing to what waits in line."""

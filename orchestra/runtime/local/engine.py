@@ -12,19 +12,23 @@ from typing import Any, Self
 import torch
 import transformers
 
-from orchestra.errors import EngineError, OrchestraError, PromptError, UsageError
+from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError, UsageError
 from orchestra.graph import Node, Span, ThreadGraph
+from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Engine, Load, Prompt, Request, Stream
+from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
-from orchestra.runtime.local.cache import COPY_BYTES
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
+from orchestra.runtime.local.gang import LocalGang
+from orchestra.runtime.local.grammar import Grammars
 from orchestra.runtime.local.jobs import Job, Score
 from orchestra.runtime.local.model import LoadedModel, load_model, load_plain
-from orchestra.runtime.local.nodes import Snapshot
+from orchestra.runtime.local.nodes import Snapshot, snapshot
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
+from orchestra.runtime.local.steering import Steering
 from orchestra.runtime.local.worker import Worker
+from orchestra.runtime.sampling import check
 
 _CHUNK = 16  # tokens from the worker's thread at a time, when nobody looks at them one by one
 
@@ -43,7 +47,8 @@ class LocalEngine(Engine):
             generations wait, then the youngest give way and are computed again; one that does not fit alone is refused.
         prefix_cache: bytes of keys and values that ended runs may leave for prompts that begin like theirs; 0 for none.
             Runs that are there at the same time share in any case.
-        copy_bytes: see `cache.COPY_BYTES`.
+        copy_bytes: see `attention.cost.COPY_BYTES`; 0 reads every context segment in place.
+        adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
         debug: check the cache's invariants after every step; a broken one is an error of all that runs.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
@@ -62,6 +67,7 @@ class LocalEngine(Engine):
         memory: int | None = None,
         prefix_cache: int = 0,
         copy_bytes: int = COPY_BYTES,
+        adapter: str | None = None,
         debug: bool = False,
         hint: str = "",
     ) -> None:
@@ -75,6 +81,7 @@ class LocalEngine(Engine):
                 raise UsageError(f"{name} is a number of bytes, got {bytes_}")
         self.name = f"local:{source}"
         self.source, self.dtype, self.device, self.kernel, self.hint = source, dtype, device, kernel, hint
+        self.adapter = adapter
         self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes, prefix_cache)
         self._debug = debug
         self._lock = threading.Lock()
@@ -82,6 +89,7 @@ class LocalEngine(Engine):
         self._prompts: Prompts | None = None
         self._worker: Worker | None = None
         self._endings: dict[tuple[str, ...], Endings] = {}
+        self._grammars: Grammars | None = None  # made for the first generation that has one
         self._closed = False
 
     async def open(self) -> Self:
@@ -99,7 +107,7 @@ class LocalEngine(Engine):
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
-                model = load_model(self.source, self.dtype, self.device)
+                model = load_model(self.source, self.dtype, self.device, self.adapter)
                 self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
                 self._worker = Worker(Scheduler(model, *self._scheduling), self._debug)
@@ -144,7 +152,7 @@ class LocalEngine(Engine):
 
     def _job(self, request: Request, stream: Stream, model: LoadedModel, prompts: Prompts, worker: Worker) -> Job:
         graph, node, sampling = request.graph, request.node, request.sampling
-        if (wrong := sampler.check(sampling)) is not None:
+        if (wrong := check(sampling)) is not None:
             raise UsageError(wrong)
         view, snapshots, before = _look(worker, graph, node)
         forced = snapshots[-1].tokens
@@ -183,7 +191,31 @@ class LocalEngine(Engine):
             request.chunk or _CHUNK,
             Detokenizer(decode, before_it),
             finder,
+            gang=request.gang if isinstance(request.gang, LocalGang) else None,
+            steering=self._steering(sampling, model, prompts),
         )
+
+    def gang(self, graph: ThreadGraph, members: int) -> Gang:
+        """See `Engine.gang`."""
+        model, _, worker = self._open()
+        if model.rotary is None or model.memory.windows:
+            what = "sliding windows" if model.memory.windows else "positions that are no plain rotation"
+            raise CapabilityError(f"{self.name} has no concurrent cache: the model has {what}")
+        most = self._scheduling[1]
+        if not 1 <= members <= most:
+            raise UsageError(f"a gang has 1 to {most} members (max_batch), not {members}")
+        return worker.gang(graph, members, model.context, model.rotary)
+
+    def _steering(self, sampling: Sampling, model: LoadedModel, prompts: Prompts) -> Steering | None:
+        """What changes a generation's logits; None if nothing does."""
+        if not sampling.needs:
+            return None
+        vocabulary: int = model.module.config.get_text_config().vocab_size
+        if wrong := [token for token, _ in sampling.logit_bias if not 0 <= token < vocabulary]:
+            raise UsageError(f"logit_bias names token {wrong[0]}; {self.name} has tokens 0 to {vocabulary - 1}")
+        if Capability.GRAMMAR in sampling.needs and self._grammars is None:
+            self._grammars = Grammars(model.tokenizer, prompts, vocabulary, model.eos)
+        return Steering(sampling, self._grammars.start(sampling) if self._grammars is not None else None)
 
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """See `Engine.score`. The first token of a root, or of a reuse join, is predicted by nothing: 0."""
@@ -237,7 +269,7 @@ class LocalEngine(Engine):
 
     def plain_model(self) -> Any:
         """The model with its own attention, loaded anew: what the parity law compares with."""
-        return load_plain(self.source, self.dtype)
+        return load_plain(self.source, self.dtype, adapter=self.adapter)
 
     async def close(self) -> None:
         """See `Engine.close`; generations in flight end as cancelled."""
@@ -273,16 +305,11 @@ def _look(
                 raise EngineError(
                     f"node {i} has {length} tokens but only {len(tokens)} token ids; a local engine needs all"
                 )
-            snapshots.append(_snapshot(seen, graph.view(seen.context), tokens))
+            snapshots.append(snapshot(seen, graph.view(seen.context), tokens))
     if not whole:
-        snapshots.append(_snapshot(node, view, list(node.tokens)))
+        snapshots.append(snapshot(node, view, list(node.tokens)))
     edge = node.context[0] if len(node.context) == 1 else None
     return view, snapshots, None if edge is None else (edge.parent, edge.length - 1)
-
-
-def _snapshot(node: Node, view: dict[int, int], tokens: list[int]) -> Snapshot:
-    parent = node.context[0] if len(node.context) == 1 else None
-    return Snapshot(node.id, node.start, view, tokens, parent, bool(node.views) or len(node.context) > 1)
 
 
 def _last_tokens(graph: ThreadGraph, before: tuple[int, int] | None) -> Sequence[int]:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from orchestra.runtime.local import radix
 from orchestra.runtime.local.admission import Admission
 from orchestra.runtime.local.cache import Cache
+from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.jobs import Job
 from orchestra.runtime.local.nodes import WHOLE, NodeState, Run
 
 
-def check_integrity(cache: Cache, admission: Admission) -> None:
+def check_integrity(cache: Cache, admission: Admission, gangs: Collection[LocalGang] = ()) -> None:
     """Compare every counter with what it counts, and every link with its other end.
 
     Raises:
         AssertionError: one line that says what is wrong.
     """
     states = _known(cache)
-    _check_memory(cache, admission, states)
+    _check_memory(cache, admission, states, gangs)
     _check_slots(cache, admission)
-    _check_readers(admission, states)
+    _check_readers(admission, states, gangs)
     _check_tree(cache, states)
     for run in cache.runs.values():
         _check_run(run)
@@ -36,16 +37,20 @@ def _known(cache: Cache) -> dict[NodeState, None]:
     return found
 
 
-def _check_memory(cache: Cache, admission: Admission, states: dict[NodeState, None]) -> None:
+def _check_memory(
+    cache: Cache, admission: Admission, states: dict[NodeState, None], gangs: Collection[LocalGang]
+) -> None:
     memory, slabs = cache.memory, cache.arena.slabs.values()
     sealed = {state for state in states if state.segment is not None}
     assert sealed == set(cache.sealed), "stretches with segments are not those that are listed, or are unknown"
     held = sum(state.segment.bytes for state in sealed if state.segment is not None)
     held += sum(score.segment.bytes for score in admission.scores if score.segment is not None)
     held += sum(slab.keys.nbytes + slab.values.nbytes for slab in slabs)
+    held += sum(gang.memory for gang in gangs)
     assert held == memory.bytes, f"{memory.bytes} bytes are counted, {held} are held"
-    assert memory.limit is None or memory.peak <= memory.limit, f"{memory.peak} bytes, the limit is {memory.limit}"
+    assert memory.left >= 0 or gangs, f"{memory.bytes} bytes, the limit is {memory.limit}"
     tokens = sum(state.computed for state in states) + sum(job.fed for slab in slabs for job in slab.jobs)
+    tokens += sum(gang.tokens for gang in gangs)
     assert tokens == cache.tokens, f"{cache.tokens} tokens are counted, {tokens} have keys and values"
     for state in states:
         assert 0 <= state.computed <= len(state.tokens), f"stretch {state.id} has more keys than tokens"
@@ -62,9 +67,10 @@ def _check_memory(cache: Cache, admission: Admission, states: dict[NodeState, No
 
 
 def _check_slots(cache: Cache, admission: Admission) -> None:
-    reserved = Counter(job.reserved for job in admission.entering)
-    for capacity, slab in cache.arena.slabs.items():
-        assert slab.capacity == capacity, "a slab is filed under another capacity"
+    reserved = Counter(cache.arena.reserved(job) for job in admission.entering)
+    for (capacity, gang), slab in cache.arena.slabs.items():
+        assert (slab.capacity, slab.gang) == (capacity, gang), "a slab is filed under another capacity"
+        assert gang is None or gang.slab is slab or not slab.taken, "a gang is in two slabs"
         assert slab.reserved == reserved[slab], f"{slab.reserved} slots are reserved for {reserved[slab]} jobs"
         assert slab.taken <= slab.slots == slab.keys.shape[1] == len(slab.used), "more slots are taken than there are"
         for slot, job in enumerate(slab.jobs):
@@ -84,9 +90,9 @@ def _check_slots(cache: Cache, admission: Admission) -> None:
     assert numbers == sorted(numbers), "the line is out of order"
 
 
-def _check_readers(admission: Admission, states: dict[NodeState, None]) -> None:
-    readers: Counter[NodeState] = Counter()
-    pinned: Counter[NodeState] = Counter()
+def _check_readers(admission: Admission, states: dict[NodeState, None], gangs: Collection[LocalGang]) -> None:
+    readers = Counter(state for gang in gangs for state in gang.holds())
+    pinned = readers.copy()
     scores = dict.fromkeys(admission.scores)
     for work in [*admission.admitted, *admission.waiting, *(score for score in scores if not score.admitted)]:
         assert work.admitted == (work in admission.admitted), "admitted work is not among the admitted"

@@ -9,12 +9,18 @@ import asyncio
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from orchestra.graph import ThreadGraph
+from orchestra.graph import View as Concurrent
 from orchestra.runtime.engine import Delta, Sampling, Stream
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
 from orchestra.runtime.local.nodes import Context, NodeState, Snapshot, View
 from orchestra.runtime.local.segments import Segment, Slab
+from orchestra.runtime.local.steering import Steering
+
+if TYPE_CHECKING:
+    from orchestra.runtime.local.gang import LocalGang
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +56,10 @@ class Job:
         piece: text not delivered yet; `told` is the end of the text that was.
         logprobs, top: of the tokens not delivered yet.
         cached: context tokens that were on the engine when the job came.
+        gang: of a concurrent node.
+        views: of a concurrent node, so far; `expected` is what its next token reads if nothing changes.
         done: it has ended; nothing more may be sent.
+        steering: penalties, bias and grammar; None for the model's own distribution.
     """
 
     graph: ThreadGraph
@@ -67,6 +76,7 @@ class Job:
     chunk: int
     detokenizer: Detokenizer
     finder: Finder | None
+    gang: LocalGang | None = None
     number: int = 0
     state: NodeState = field(init=False)
     context: Context = field(default_factory=list)
@@ -89,7 +99,10 @@ class Job:
     logprobs: list[float] = field(default_factory=list)
     top: list[Mapping[int, float]] = field(default_factory=list)
     cached: int = 0
+    views: list[Concurrent] = field(default_factory=list)
+    expected: tuple[int, list[int]] | None = None
     done: bool = False
+    steering: Steering | None = None
 
     def accept(self, token: int, logprob: float, top: Mapping[int, float] | None) -> Delta | None:
         """Take a drawn token; returns the delta to deliver when a chunk is full or the generation ends."""
@@ -105,6 +118,8 @@ class Job:
                 return self.finish("stop", matched)
         if end is not None:
             return self.finish("stop", *end)
+        if self.steering is not None and self.steering.accept(token):
+            return self.finish("stop")
         if self.sampled == self.limit:
             return self.finish("length")
         if self.sampled - self.sent < self.chunk:
@@ -116,7 +131,11 @@ class Job:
         """The last delta: everything that is left."""
         self.done = True
         self._show(last=True)
-        return self._delta(reason, matched, eos)
+        delta = self._delta(reason, matched, eos)
+        if self.gang is not None:
+            self.gang.end(self)
+            delta.views = self.views
+        return delta
 
     def _show(self, last: bool = False) -> str | None:
         """Decode what is pending; returns the stop string that it completes."""

@@ -12,53 +12,19 @@ import numpy.typing as npt
 import torch
 import transformers
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from orchestra.errors import EngineError, UsageError
-from orchestra.runtime.attention.plan import Chunk, Plan, Write
+from orchestra.runtime.attention.plan import Plan
+from orchestra.runtime.local.adapters import merge_adapter
+from orchestra.runtime.local.interface import ATTENTION, running
+from orchestra.runtime.local.listen import listen
+from orchestra.runtime.local.probe import probe
+from orchestra.runtime.local.refusal import refusal
+from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
-from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
-
-ATTENTION = "orchestra_segments"
-"""Name of our function in the transformers attention interface."""
+from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder, read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# What an attention call may bring without changing its meaning here. Anything else that is set is refused by name.
-_HARMLESS = frozenset({"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"})
-
-
-def segment_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    orchestra_plan: Plan | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The attention function: shapes `[1, heads, rows, dim]` in, `[1, rows, heads, dim]` out."""
-    if orchestra_plan is None:
-        raise EngineError("this model was loaded for the in-process engine; its attention needs a plan")
-    for name, given in options.items():
-        if given is not None and given is not False and name not in _HARMLESS:
-            raise UsageError(
-                f"the in-process engine cannot run {type(module).__name__}: it needs {name!r} in attention"
-            )
-    if attention_mask is not None or dropout:
-        raise UsageError(
-            f"{type(module).__name__} brings {'dropout' if dropout else 'a mask'}; the plan handles neither"
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = module.layer_idx
-    query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
-    out = orchestra_plan.run(layer, query, key, value, scale, window=sliding_window, softcap=softcap)
-    return out.unsqueeze(0), None
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +38,7 @@ class LoadedModel:
         context: most tokens along a path.
         eos: ids that end a sequence.
         memory: the shape of its keys and values.
+        rotary: how it rotates queries and keys; None if not as `Rotary` can follow (then it cannot play Hogwild).
     """
 
     module: Any
@@ -80,6 +47,7 @@ class LoadedModel:
     context: int
     eos: frozenset[int]
     memory: Memory
+    rotary: Rotary | None = None
 
     def fingerprint(self) -> str:
         """Tells models apart, wherever they lie: a hash of every parameter's name, shape and some of its values."""
@@ -102,64 +70,30 @@ class LoadedModel:
             Logits `[len(keep), vocabulary]`.
         """
         plan.layers_run = 0
-        logits: Tensor = self.module(
-            input_ids=tokens.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=0 if keep is None else torch.from_numpy(keep).to(tokens.device),
-            orchestra_plan=plan,
-        ).logits[0]
+        with running(plan):
+            logits: Tensor = self.module(
+                input_ids=tokens.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=0 if keep is None else torch.from_numpy(keep).to(tokens.device),
+            ).logits[0]
         if plan.layers_run != self.memory.layers:
             raise EngineError(f"attention ran in {plan.layers_run} of {self.memory.layers} layers")
         return logits
 
 
-def refusal(config: Any) -> str | None:
-    """Why the plan cannot run a model of this configuration, or None."""
-
-    def get(name: str) -> Any:
-        return getattr(config, name, None)
-
-    kind = get("model_type") or "unknown"
-    layer_types = set(get("layer_types") or ())
-    window = get("sliding_window")
-    rope = get("rope_parameters") or get("rope_scaling") or {}
-    # Models with several layer types keep a set of rotary parameters for each.
-    ropes = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))] if isinstance(rope, dict) else []
-    rope_kinds = {str(entry.get("rope_type") or entry.get("type") or "default") for entry in ropes}
-    if get("is_encoder_decoder"):
-        return "an encoder-decoder"
-    if kind.startswith(("mamba", "rwkv", "falcon_mamba", "recurrent_gemma", "jamba")):
-        return "recurrent (linear) layers"
-    if get("kv_lora_rank"):
-        return "multi-head latent attention (MLA)"
-    if get("attn_logit_softcapping"):
-        return f"soft-capping of attention scores (attn_logit_softcapping = {config.attn_logit_softcapping})"
-    if kind.startswith("gpt_oss"):
-        return "attention sinks"
-    if get("alibi") or kind in ("bloom", "mpt"):
-        return "ALiBi positions"
-    if linear := layer_types - {"full_attention", "sliding_attention", "chunked_attention"}:
-        return f"layers of type {', '.join(sorted(linear))}"
-    if "chunked_attention" in layer_types:
-        return "chunked attention"
-    windowed = "sliding_attention" in layer_types if layer_types else get("use_sliding_window") is not False
-    if windowed and window and window < (get("max_position_embeddings") or window + 1):
-        return f"a sliding window of {window} tokens (in effect below its context of {get('max_position_embeddings')})"
-    if get("num_kv_shared_layers"):
-        return "layers that share keys and values"
-    if changing := rope_kinds & {"dynamic", "longrope"}:
-        return f"rotary positions that change with the length ({', '.join(sorted(changing))})"
-    if get("use_cache") is not None and get("position_embedding_type") not in (None, "rotary", "rope"):
-        return f"{config.position_embedding_type} positions (rotary ones are needed)"
-    return None
-
-
-def load_model(source: str, dtype: str, device: str) -> LoadedModel:
+def load_model(source: str, dtype: str, device: str, adapter: str | None = None) -> LoadedModel:
     """Load a model and its tokenizer from a folder, or by id from the Hugging Face cache or hub.
+
+    Args:
+        source: folder or id of a model, or folder of a PEFT adapter, which names its model.
+        dtype: one of `DTYPES`.
+        device: a torch device.
+        adapter: folder of a PEFT adapter to merge into the model.
 
     Raises:
         UsageError: no such folder or model, unknown dtype or device, or an architecture that the plan cannot run.
+        MissingExtraError: there is an adapter, and no peft.
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r} (known: {', '.join(DTYPES)})")
@@ -168,58 +102,64 @@ def load_model(source: str, dtype: str, device: str) -> LoadedModel:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
-    local = local_folder(source)
-    config = read(lambda: transformers.AutoConfig.from_pretrained(source, local_files_only=local), source)
+    place = Source.of(source, adapter)
+    local = local_folder(place.model)
+    config = read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
+    kind = f"{source} ({config.model_type})"
     if (reason := refusal(config)) is not None:
-        raise UsageError(f"the in-process engine cannot run {source} ({config.model_type}): it has {reason}")
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, segment_attention)
-    tokenizer = load_tokenizer(source)
-    module = read(
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
-            dtype=DTYPES[dtype],
-            attn_implementation=ATTENTION,
-            local_files_only=local,
-        ),
-        source,
-    )
-    module = module.to(target).eval().requires_grad_(False)
+        raise UsageError(f"the in-process engine cannot run {kind}: it has {reason}")
+    tokenizer = load_tokenizer(place)
+    module = _load(place, dtype, ATTENTION, len(tokenizer), config).to(target)
     if not any("rotary" in name for name, _ in module.named_modules()):
-        raise UsageError(f"the in-process engine cannot run {source} ({config.model_type}): it has no rotary positions")
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    memory = Memory(text.num_hidden_layers, heads, dim, DTYPES[dtype], target)
-    model = LoadedModel(module, tokenizer, source, text.max_position_embeddings, _eos(module, tokenizer), memory)
-    _probe(model)
+        raise UsageError(f"the in-process engine cannot run {kind}: it has no rotary positions")
+    try:
+        heard = listen(module)
+        _, _, heads, dim = heard.layers[0].key.shape
+        memory = Memory(len(heard.layers), heads, dim, DTYPES[dtype], target)
+        context = config.get_text_config().max_position_embeddings
+        model = LoadedModel(module, tokenizer, source, context, _eos(module, tokenizer), memory)
+        memory.windows = probe(model)
+    except Exception as error:  # whatever goes wrong in a model's code: it cannot be run, and that is said now
+        line = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"the in-process engine cannot run {kind}: {line[:300]}") from error
+    model.rotary = find_rotary(module, heard)
     return model
 
 
-@torch.inference_mode()
-def _probe(model: LoadedModel) -> None:
-    """One forward of two tokens, so that what the plan cannot run is refused now and not in the middle of a run."""
-    keys, values = (model.memory.allocate(model.memory.heads, 2) for _ in range(2))
-    plan = Plan(2, chunks=[Chunk.over(0, 2, keys, values)], writes=[Write(0, 2, keys, values)])
-    tokens = torch.zeros(2, dtype=torch.int64, device=model.memory.device)
+def load_plain(source: str, dtype: str = "float32", attention: str = "", adapter: str | None = None) -> Any:
+    """The same model with its own attention: the oracle of the parity law.
+
+    `attention` is the name of an implementation; by default `sdpa`, but `eager` where scores are soft-capped, since
+    transformers' `sdpa` leaves that out.
+    """
+    place = Source.of(source, adapter)
+    if not attention:
+        local = local_folder(place.model)
+        config = read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+    return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place)))
+
+
+def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any = None) -> Any:
+    local = local_folder(place.model)
     try:
-        model.forward(tokens, torch.arange(2, device=model.memory.device), None, plan)
-    except (EngineError, RuntimeError, TypeError, AttributeError) as error:
-        line = " ".join(str(error).split())
-        raise UsageError(f"the in-process engine cannot run {model.source}: {line[:300]}") from error
-    finally:
-        model.memory.free(keys, values)
-
-
-def load_plain(source: str, dtype: str = "float32", attention: str = "sdpa") -> Any:
-    """The same model with its own attention: the oracle of the parity law."""
-    local = local_folder(source)
-    module = read(
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], attn_implementation=attention, local_files_only=local
-        ),
-        source,
-    )
+        module = read(
+            lambda: transformers.AutoModelForCausalLM.from_pretrained(
+                place.model,
+                config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                local_files_only=local,
+            ),
+            place.model,
+        )
+    except UsageError as error:
+        if isinstance(error.__cause__, KeyError) and attention in error.__cause__.args:
+            why = "its code in transformers does not use the attention interface"
+            raise UsageError(f"the in-process engine cannot run {place.model}: {why}") from error
+        raise
+    if place.adapter is not None:
+        module = merge_adapter(module, place.adapter, vocabulary)
     return module.eval().requires_grad_(False)
 
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from orchestra.graph import ThreadGraph
+from orchestra.graph import Node, ThreadGraph
 
 if TYPE_CHECKING:
+    from orchestra.runtime.local.gang import Past, Reading
     from orchestra.runtime.local.jobs import Job
     from orchestra.runtime.local.segments import Segment
 
@@ -48,6 +49,8 @@ class NodeState:
         readers: generations and scorings, waiting ones included, that attend to it.
         pinned: of these, how many are admitted; it is not evicted before they end.
         used: when it was last wanted; the oldest are evicted first.
+        reading: of a concurrent node that has ended: what it read last.
+        moved: of a settled concurrent node: the gang's past, where in it its keys are, and the position of the first.
     """
 
     id: int
@@ -64,6 +67,13 @@ class NodeState:
     readers: int = 0
     pinned: int = 0
     used: int = 0
+    reading: Reading | None = None
+    moved: tuple[Past, int, int] | None = None
+
+    @property
+    def base(self) -> int:
+        """The position that the first key is rotated for."""
+        return self.start if self.moved is None else self.moved[2]
 
     @property
     def context(self) -> Context:
@@ -94,6 +104,10 @@ class NodeState:
 
     def reads(self, length: int) -> tuple[Tensor, Tensor]:
         """The keys and values of the first `length` tokens, `[layers, heads, length, dim]`, wherever they are now."""
+        if self.moved is not None:
+            past, first, _ = self.moved
+            keys, values = past.reads(first + length)
+            return keys[:, :, first:], values[:, :, first:]
         job = self.job
         if job is not None and job.slab is not None:
             slab, slot = job.slab, job.slot
@@ -105,6 +119,28 @@ class NodeState:
 
 Context = list[tuple[NodeState, int]]
 """What a token attends to, ancestors first: stretches and how many of their tokens."""
+
+
+class Part(NamedTuple):
+    """The tokens of a stretch from `first` on; read like a stretch."""
+
+    state: NodeState
+    first: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        return self.state.start + self.first
+
+    @property
+    def base(self) -> int:
+        """The position that the first key is rotated for."""
+        return self.state.base + self.first
+
+    def reads(self, length: int) -> tuple[Tensor, Tensor]:
+        """See `NodeState.reads`."""
+        keys, values = self.state.reads(self.first + length)
+        return keys[:, :, self.first :], values[:, :, self.first :]
 
 
 class Piece(NamedTuple):
@@ -156,6 +192,25 @@ class Place:
                 return piece.state, piece.start + length
             length -= size
         raise IndexError("the node is not so long")
+
+    def parts(self, length: int) -> list[tuple[NodeState | Part, int]]:
+        """What has to be read to see the first `length` tokens of the node, and nothing else."""
+        found: list[tuple[NodeState | Part, int]] = []
+        for state, start, stop in self.pieces:
+            n = min(length, (len(state.tokens) if stop is None else stop) - start)
+            if n > 0:
+                found.append((Part(state, start) if start else state, n))
+            length -= n
+        return found
+
+    def ready(self, length: int) -> bool:
+        """Whether the first `length` tokens have keys and values."""
+        for state, start, stop in self.pieces:
+            n = min(length, (len(state.tokens) if stop is None else stop) - start)
+            if n > 0 and state.done < start + n:
+                return False
+            length -= n
+        return True
 
     def close(self) -> None:
         """What it holds now stays as it is: others may be reading it."""
@@ -209,3 +264,15 @@ class Snapshot:
     tokens: list[int]
     parent: tuple[int, int] | None = None
     joined: bool = False
+
+
+def snapshot(node: Node, view: View, tokens: list[int]) -> Snapshot:
+    """What to tell of a node.
+
+    Args:
+        node: of the graph.
+        view: what its first token attends to besides itself.
+        tokens: of the node.
+    """
+    parent = node.context[0] if len(node.context) == 1 else None
+    return Snapshot(node.id, node.start, view, tokens, parent, bool(node.views) or len(node.context) > 1)

@@ -10,8 +10,10 @@ import torch
 
 from orchestra.runtime.attention.kernels import Kernel
 from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails, Write
+from orchestra.runtime.local.gang import Past
 from orchestra.runtime.local.jobs import Job, Score
-from orchestra.runtime.local.nodes import Context, NodeState
+from orchestra.runtime.local.nodes import Context, NodeState, Part
+from orchestra.runtime.local.rotary import Rotary
 from orchestra.runtime.local.segments import Memory, Slab
 
 Ints = npt.NDArray[np.int64]
@@ -31,26 +33,32 @@ class Pack:
         budget: prefill tokens that this step may still take.
         slots: each slab in use with its first row and the tokens that each of its slots feeds.
         filled: how many tokens of a sealed node this step computes, and the first of their rows.
+        forced: the rows of forced tokens before the last one, which is in the slot's own row.
+        gangs: by first row of a slab: the rows that read each slot, and by how much they are turned.
         computed: positions whose keys and values this step computes (echoes are not); `scratch` of them are not kept.
     """
 
-    def __init__(self, memory: Memory, kernel: Kernel, budget: int) -> None:
-        self.memory = memory
+    def __init__(self, memory: Memory, kernel: Kernel, budget: int, rotary: Rotary | None = None) -> None:
+        self.memory, self.rotary = memory, rotary
         self.rows = 0
         self.budget = budget
         self.slots: list[tuple[Slab, int, Ints]] = []
         self.filled: dict[NodeState, tuple[int, int]] = {}
+        self.forced: dict[Job, range] = {}
+        self.gangs: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
         self.computed = self.scratch = 0
         self.plan = Plan(0, kernel=kernel)
         self._short = SHORT_BYTES * memory.layers // memory.token_bytes
         self._tokens: list[Ints] = []
         self._positions: list[Ints] = []
         self._echoes: dict[tuple[NodeState, int], int] = {}
-        self._groups: dict[tuple[NodeState, int], list[int]] = {}
+        self._groups: dict[tuple[NodeState | Part | Past, int], list[tuple[int, int]]] = {}
 
-    def read(self, state: NodeState, length: int, rows: Iterable[int]) -> None:
-        """Rows that read the first `length` tokens of a node where they are."""
-        self._groups.setdefault((state, length), []).extend(rows)
+    def read(self, state: NodeState | Part | Past, length: int, rows: Iterable[int], turn: int = 0) -> None:
+        """Rows that read the first `length` tokens of a node where they are, their queries turned by some positions."""
+        readers = [(row, turn) for row in rows]
+        if length and readers:
+            self._groups.setdefault((state, length), []).extend(readers)
 
     def add(self, tokens: Ints, positions: Ints) -> range:
         """Append rows; returns their numbers."""
@@ -60,7 +68,7 @@ class Pack:
         return range(start, self.rows)
 
     def add_slab(self, slab: Slab) -> None:
-        """One row for each slot in use. To be called before anything else is added."""
+        """One row for each slot in use."""
         n = len(slab.jobs)
         rows = self.add(slab.token[:n], slab.position[:n])
         self.slots.append((slab, rows.start, np.ones(n, np.int64)))
@@ -74,7 +82,8 @@ class Pack:
         """
         slab, slot = job.slab, job.slot
         assert slab is not None
-        take = max(1, min(self.budget, job.given - job.fed))
+        # A chunk of a gang's member is read by the others as it is, so it does not depend on what else there is to do.
+        take = max(1, min(self.budget, job.given - job.fed)) if job.gang is None else job.given - job.fed
         self.budget -= take
         fed[slot] = take
         first = job.state.start + job.fed
@@ -82,15 +91,15 @@ class Pack:
         slab.position[slot] = first + take - 1
         if take > 1:
             tokens = np.array(job.state.tokens[job.fed : job.fed + take - 1])
-            rows = self.add(tokens, np.arange(first, first + take - 1))
+            rows = self.forced[job] = self.add(tokens, np.arange(first, first + take - 1))
             used = int(slab.used[slot])
             self._chunk(rows, slab.keys[:, slot], slab.values[:, slot], used)
             for state, length in job.inplace:
                 self.read(state, length, rows)
         return job.fed + take == job.given
 
-    def add_fill(self, state: NodeState, context: Context, take: int) -> None:
-        """Compute the next `take` tokens of a node that no generation fills."""
+    def add_fill(self, state: NodeState, context: Context, take: int) -> range:
+        """Compute the next `take` tokens of a node that no generation fills; returns their rows."""
         a = state.computed
         tokens = np.array(state.tokens[a : a + take])
         rows = self.add(tokens, np.arange(state.start + a, state.start + a + take))
@@ -99,8 +108,9 @@ class Pack:
         self._chunk(rows, segment.keys, segment.values, a)
         for other, length in context:
             self.read(other, length, rows)
-        self.filled[state] = (take, rows.start)
+        self.filled[state] = (take, rows.start)  # what this step writes cannot be copied before it
         self.budget -= take
+        return rows
 
     def add_score(self, score: Score) -> range:
         """Compute the next tokens of a scoring in its scratch segment; returns their rows."""
@@ -136,28 +146,37 @@ class Pack:
 
     def groups(self) -> list[Shared]:
         """The shared reads: one for each segment and length, one for all short segments that the same rows read."""
-        found: dict[tuple[int, ...], list[list[Reads]]] = {}
+        found: dict[tuple[tuple[int, int], ...], list[list[Reads]]] = {}
         for (state, length), rows in self._groups.items():
-            alone = length > self._short or state in self.filled  # what this step writes cannot be copied before it
+            alone = length > self._short or state in self.filled or isinstance(state, Part)  # see `add_fill`
             groups = found.setdefault(tuple(sorted(rows)), [[]])
             keys, values = state.reads(length)
             part = keys, values, state.start
             groups.append([part]) if alone else groups[0].append(part)
         shared = []
         for readers, groups in found.items():
-            index = torch.tensor(readers, device=self.memory.device)
-            shared += [Shared(index, *_joined(parts)) for parts in groups if parts]
+            index, turns = (torch.tensor(each, device=self.memory.device) for each in zip(*readers, strict=True))
+            by = turns if any(turn for _, turn in readers) else None
+            shared += [Shared(index, *_joined(parts), by) for parts in groups if parts]
         return shared
+
+    def grown(self, slab: Slab) -> list[int]:
+        """The node's own tokens in each slot after this step."""
+        fed = next(fed for other, _, fed in self.slots if other is slab)
+        return [job.fed + n for job, n in zip(slab.jobs, fed.tolist(), strict=True)]
 
     def finish(self, shared: list[Shared]) -> tuple[torch.Tensor, torch.Tensor]:
         """Complete the plan; returns tokens and positions, `[rows]` each."""
         device = self.memory.device
         for slab, start, fed in self.slots:
             used = slab.used[: len(fed)] + fed
-            tails = Tails.over(start, slab.keys, slab.values, torch.from_numpy(used).to(device), int(used.max()))
-            self.plan.tails.append(tails)
+            readers = [torch.tensor(each, device=device) for each in self.gangs.get(start, ())]
+            self.plan.tails.append(
+                Tails.over(start, slab.keys, slab.values, torch.from_numpy(used).to(device), int(used.max()), *readers)
+            )
         self.plan.rows = self.rows
         self.plan.shared = shared
+        self.plan.rotary = self.rotary
         tokens = torch.from_numpy(np.concatenate(self._tokens)).to(device)
         self.plan.positions = torch.from_numpy(np.concatenate(self._positions)).to(device)
         return tokens, self.plan.positions

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from orchestra.runtime.engine import Sampling
+from orchestra.runtime.local.steering import Steering
+from orchestra.runtime.sampling import Sampling
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -26,6 +28,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _POSITION = np.uint64(0xD1342543DE82EF95)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S30, _S27, _S31 = (np.uint64(n) for n in (30, 27, 31))
+# Numbers that stay in the processor's cache: a large vocabulary times batch would go through memory ten times.
+_BLOCK = 32768
+_SORTED = 1024  # vocabularies that are sorted as they are
 _LEAST, _MOST = np.float32(2.0**-65), np.float32(1 - 2.0**-24)
 
 
@@ -56,22 +61,46 @@ def gumbel(keys: Words, positions: Ints, vocabulary: int) -> Floats:
     Returns:
         `[rows, vocabulary]`; each row is a function of its key and position only.
     """
+    noise = np.empty((len(keys), vocabulary), np.float32)
     with np.errstate(over="ignore"):
-        states = _mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _POSITION)
+        states = _states(keys, positions)
         steps = np.arange(1, vocabulary + 1, dtype=np.uint64) * _GOLDEN
-        noise = np.empty((len(keys), vocabulary), np.float32)
-        # Blocks stay in the processor's cache: a large vocabulary times batch would go through memory ten times.
-        block = max(1, 32768 // vocabulary)
+        block = max(1, _BLOCK // vocabulary)
         for i in range(0, len(keys), block):
-            words = _mix(states[i : i + block, None] + steps)
-            # Through log1p, small numbers keep their precision: they are the large noise, which decides.
-            uniform = (words.astype(np.float32) * np.float32(2.0**-64)).clip(_LEAST, _MOST)
-            noise[i : i + block] = -np.log(-np.log1p(-uniform))
+            noise[i : i + block] = _gumbel(states[i : i + block, None] + steps)
+    return noise
+
+
+def gumbel_of(keys: Words, positions: Ints, ids: Sequence[Ints]) -> list[Floats]:
+    """The entries `ids[row]` of each row of `gumbel`, and no others: after truncation there are few."""
+    counts = [len(some) for some in ids]
+    flat = np.concatenate(ids).astype(np.uint64)
+    noise = np.empty(len(flat), np.float32)
+    with np.errstate(over="ignore"):
+        states = np.repeat(_states(keys, positions), counts)
+        for i in range(0, len(flat), _BLOCK):
+            part = slice(i, i + _BLOCK)
+            noise[part] = _gumbel(states[part] + (flat[part] + np.uint64(1)) * _GOLDEN)
+    return np.split(noise, np.cumsum(counts[:-1]))
+
+
+def _states(keys: Words, positions: Ints) -> Words:
+    return _mix(keys + (positions.astype(np.uint64) + np.uint64(1)) * _POSITION)
+
+
+def _gumbel(words: Words) -> Floats:
+    """Noise from counters, which it overwrites."""
+    # Through log1p, small numbers keep their precision: they are the large noise, which decides.
+    uniform = (_mix(words).astype(np.float32) * np.float32(2.0**-64)).clip(_LEAST, _MOST)
+    noise: Floats = -np.log(-np.log1p(-uniform))
     return noise
 
 
 class Drawn(NamedTuple):
-    """One token per row, its raw log-probability (nats), and the alternatives of rows that asked for them."""
+    """One token per row, its raw log-probability (nats), and the alternatives of rows that asked for them.
+
+    A token is -1 where its row's `Steering` leaves none.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -79,15 +108,32 @@ class Drawn(NamedTuple):
 
 
 class Batch:
-    """The sampling parameters of a fixed list of rows, as arrays; made again only when the list changes."""
+    """The sampling parameters of a fixed list of rows, as arrays; made again only when the list changes.
 
-    def __init__(self, samplings: Sequence[Sampling], keys: Sequence[int]) -> None:
-        temperature = np.array([s.temperature for s in samplings], np.float32)
-        self.warm = np.flatnonzero(temperature > 0)
-        chosen = [samplings[i] for i in self.warm.tolist()]
-        self.temperature = temperature[self.warm, None]
-        self.keys = np.array([keys[i] for i in self.warm.tolist()], np.uint64)
-        self.truncated = [(i, s) for i, s in enumerate(chosen) if s.top_k or s.top_p < 1 or s.min_p]
+    Args:
+        samplings, keys: of each row.
+        steerings: what changes a row's logits; none for all rows by default.
+
+    Attributes:
+        warm: rows that are drawn from all of their own distribution, together.
+        single: rows that are truncated or steered, one by one.
+    """
+
+    def __init__(
+        self, samplings: Sequence[Sampling], keys: Sequence[int], steerings: Sequence[Steering | None] = ()
+    ) -> None:
+        self._samplings, self._keys = samplings, keys
+        self.single: list[tuple[int, Steering | None]] = []
+        warm = []
+        for row, (sampling, steering) in enumerate(zip_longest(samplings, steerings)):
+            truncated = sampling.top_k or sampling.top_p < 1 or sampling.min_p
+            if steering is not None or (truncated and sampling.temperature):
+                self.single.append((row, steering))
+            elif sampling.temperature:
+                warm.append(row)
+        self.warm = np.array(warm, np.int64)
+        self.temperature = np.array([samplings[row].temperature for row in warm], np.float32)[:, None]
+        self.keys = np.array([keys[row] for row in warm], np.uint64)
         self.alternatives = [s.top_logprobs for s in samplings]
         self.most = max(self.alternatives, default=0)
 
@@ -103,10 +149,10 @@ class Batch:
         tokens = table.argmax(-1)  # numpy's argmax: the lowest id on ties
         if len(self.warm):
             scores = (table if len(self.warm) == len(table) else table[self.warm]) / self.temperature
-            for row, sampling in self.truncated:
-                scores[row] = truncate(scores[row], sampling)
             scores += gumbel(self.keys, positions[self.warm], table.shape[1])
             tokens[self.warm] = scores.argmax(-1)
+        if self.single:
+            self._draw_single(logits, table, positions, tokens)
         top: list[Mapping[int, float]] | None = None
         if self.most:
             best = raw.topk(min(self.most, raw.shape[1]), -1)
@@ -114,51 +160,72 @@ class Batch:
             top = [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids, values, self.alternatives, strict=True)]
         return Drawn(tokens.tolist(), table[np.arange(len(table)), tokens].tolist(), top)
 
+    def _draw_single(self, logits: Tensor, table: Floats, positions: Ints, tokens: Ints) -> None:
+        """Draw the `single` rows into `tokens`; -1 where nothing is left."""
+        rows, ids, values = [], [], []
+        for row, steering in self.single:
+            scores, temperature = table[row], self._samplings[row].temperature
+            if steering is not None:
+                # The repetition penalty sees logits, not log-probabilities: it is not the same after a shift.
+                scores = steering.apply(logits[row].float().cpu().numpy())
+                best = int(scores.argmax())
+                tokens[row] = best if scores[best] > -np.inf else -1
+                if not temperature or tokens[row] < 0:
+                    continue
+                scores -= scores[best]  # so that a small temperature does not take them out of float32
+            scores = scores / np.float32(temperature)
+            rows.append(row)
+            ids.append(kept(scores, self._samplings[row]))
+            values.append(scores[ids[-1]])
+        if rows:
+            keys = np.array([self._keys[row] for row in rows], np.uint64)
+            for row, some, value, noise in zip(rows, ids, values, gumbel_of(keys, positions[rows], ids), strict=True):
+                tokens[row] = some[(value + noise).argmax()]
 
-def truncate(scores: Floats, sampling: Sampling) -> Floats:
-    """Cut the tail of a distribution: top-k, then top-p, then min-p, each on what the one before left.
+
+def kept(scores: Floats, sampling: Sampling) -> Ints:
+    """What truncation leaves of a distribution: top-k, then top-p, then min-p, each on what the one before left.
 
     Ties go to the lower id, as in greedy decoding, so exactly k entries stay.
 
     Args:
-        scores: log-probabilities divided by the temperature, up to a constant, `[vocabulary]`.
+        scores: log-probabilities divided by the temperature, up to a constant, `[vocabulary]`; one is finite.
         sampling: what to cut.
 
     Returns:
-        The scores with minus infinity for what was cut.
+        Ids, ascending. Entries of minus infinity may be among them.
     """
-    order = np.argsort(-scores, kind="stable")
-    kept = order[: sampling.top_k] if sampling.top_k else order
-    chances = np.exp(scores[kept].astype(np.float64) - scores[kept[0]])
+    if not (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
+        return np.flatnonzero(scores > -np.inf)
+    pool, total = (None, None) if len(scores) <= _SORTED else _pool(scores, sampling)
+    order = np.argsort(-scores, kind="stable") if pool is None else pool[np.argsort(-scores[pool], kind="stable")]
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    chances = np.exp(scores[order].astype(np.float64) - scores[order[0]])
     if sampling.top_p < 1:
-        chances /= chances.sum()
+        chances /= total or chances.sum()
         before = np.cumsum(chances) - chances  # the entry that crosses top_p stays; the first always does
-        kept = kept[: max(1, int(np.count_nonzero(before < sampling.top_p)))]
-        chances = chances[: len(kept)]
+        order = order[: max(1, int(np.count_nonzero(before < sampling.top_p)))]
+        chances = chances[: len(order)]
     if sampling.min_p:
-        kept = kept[chances >= sampling.min_p * chances[0]]
-    cut = np.full_like(scores, -np.inf)
-    cut[kept] = scores[kept]
-    return cut
+        order = order[chances >= sampling.min_p * chances[0]]
+    order.sort()
+    return order
 
 
-def check(sampling: Sampling) -> str | None:
-    """What is wrong with the parameters, or None."""
-    if sampling.max_tokens is not None and sampling.max_tokens < 1:
-        return f"max_tokens must be at least 1, got {sampling.max_tokens}"
-    if not sampling.temperature >= 0 or sampling.temperature == float("inf"):
-        return f"temperature must be 0 or more, got {sampling.temperature}"
-    if sampling.top_k < 0:
-        return f"top_k must be 0 (off) or more, got {sampling.top_k}"
-    if not 0 < sampling.top_p <= 1:
-        return f"top_p must be above 0 and at most 1, got {sampling.top_p}"
-    if not 0 <= sampling.min_p <= 1:
-        return f"min_p must be between 0 and 1, got {sampling.min_p}"
-    if sampling.top_logprobs < 0:
-        return f"top_logprobs must be 0 or more, got {sampling.top_logprobs}"
-    if any(not stop for stop in sampling.stop):
-        return "an empty stop string would end every generation at once"
-    return None
+def _pool(scores: Floats, sampling: Sampling) -> tuple[Ints, float | None]:
+    """Of a large vocabulary, the entries that may stay, so that not all of it has to be sorted.
+
+    Returns:
+        Ids, ascending; and the sum of all chances relative to the likeliest, if top-p goes by it.
+    """
+    if 0 < sampling.top_k < len(scores):
+        return np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k]), None
+    chances = np.exp(scores.astype(np.float64) - scores.max())
+    total = float(chances.sum())
+    # What is below (1 - p) / n adds up to less than 1 - p, so the rest reaches p without it. A hair less for rounding.
+    least = max((1 - sampling.top_p) * total / len(scores), sampling.min_p) * (1 - 1e-9)
+    return np.flatnonzero(chances >= least), total
 
 
 def log_probabilities(logits: Tensor, tokens: Sequence[int]) -> list[float]:

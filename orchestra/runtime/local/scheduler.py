@@ -21,6 +21,7 @@ from orchestra.runtime.attention.plan import Shared
 from orchestra.runtime.engine import Delta
 from orchestra.runtime.local.admission import Admission, Work
 from orchestra.runtime.local.cache import Cache
+from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.integrity import check_integrity
 from orchestra.runtime.local.jobs import Job, Score
 from orchestra.runtime.local.model import LoadedModel
@@ -80,9 +81,11 @@ class Scheduler:
         self.cache = Cache(model.memory, copy_bytes, keep)
         self.arena, self.runs = self.cache.arena, self.cache.runs
         self.admission = Admission(self.cache, max_batch, self._refuse)
+        self.cache.demand = self.admission.demand
         self.waiting, self.scores = self.admission.waiting, self.admission.scores
         self.outbox: list[tuple[Job, Delta | EngineError]] = []
         self.sampled = self.computed = 0
+        self.gangs: dict[LocalGang, None] = {}
         self._prefilling: list[Job] = []
         self._stable: Stable | None = None
 
@@ -133,6 +136,7 @@ class Scheduler:
             self._end_score(score)
             with suppress(InvalidStateError):  # its reader has been cancelled
                 score.future.set_exception(error)
+        self.close_gangs(list(self.gangs))
         self.cache.forget_kept()
         for state in list(self.cache.sealed):
             self.cache.drop(state)
@@ -149,9 +153,22 @@ class Scheduler:
         for job in sorted(self.jobs(), key=lambda job: -job.number):
             if job.graph is graph:
                 self.cancel(job)
+        self.close_gangs([gang for gang in self.gangs if gang.graph is graph])
         self.cache.release(run)
         self.arena.trim()
         self._stable = None
+
+    def close_gangs(self, gangs: list[LocalGang]) -> None:
+        """Forget gangs and what they share."""
+        for gang in gangs:
+            if gang in self.gangs:
+                gang.close()
+                del self.gangs[gang]
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a gang waits for its program."""
+        return any(gang.jobs() and not gang.complete() for gang in self.gangs)
 
     def jobs(self) -> list[Job]:
         """All generations, admitted ones first."""
@@ -159,7 +176,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """See `integrity`; to be called between two steps."""
-        check_integrity(self.cache, self.admission)
+        check_integrity(self.cache, self.admission, self.gangs)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -168,22 +185,25 @@ class Scheduler:
         for score in [score for score in self.scores if score.future.cancelled()]:
             self._end_score(score)
         self.admission.grow()
+        self.admission.admit()
+        for gang in self.gangs:
+            if need := gang.need:
+                self.admission.demand(need)
         if self.admission.changed:
             self._prefilling = [job for job in self._prefilling if job.slab is not None]
-        self.admission.admit()
         candidates = self._start()
         if self.admission.changed:
             self._stable, self.admission.changed = None, False
-        pack = Pack(self.memory, self.kernel, self.prefill)
+        pack = Pack(self.memory, self.kernel, self.prefill, self.model.rotary)
         for slab in self.arena.slabs.values():
-            if slab.jobs:
+            if slab.jobs and (slab.gang is None or self._ready(slab.gang, pack)):
                 pack.add_slab(slab)
         silent = self._feed_forced(pack)
         starts = self._feed_starts(pack, candidates)
         wanted = self._feed_scores(pack)
         if not pack.rows:
             return False
-        plain = not (self._prefilling or starts or wanted or pack.filled)
+        plain = not (self._prefilling or starts or wanted or pack.filled or self.gangs)
         stable = self._stable if plain else None
         if stable is None:
             stable = self._stabilise(pack, silent, [job for job, _ in starts])
@@ -202,6 +222,21 @@ class Scheduler:
             self._give_scores(wanted, logits[len(stable.jobs) :])
         if stable.jobs:
             self._draw(stable, logits[: len(stable.jobs)])
+        return True
+
+    def _ready(self, gang: LocalGang, pack: Pack) -> bool:
+        """Whether a gang makes a step now; what its members read is computed first, as far as the budget goes."""
+        if not gang.complete():
+            return False
+        if (wrong := gang.wrong()) is not None:
+            for job in gang.jobs().copy():
+                self.outbox += [(job, job.finish(None)), (job, EngineError(wrong))]
+                self._retire(job)
+            return False
+        gang.settle()
+        if not self._feed_context(pack, gang.unsettled()):
+            return False
+        gang.feed(pack)
         return True
 
     def _start(self) -> list[Job]:
@@ -250,6 +285,8 @@ class Scheduler:
         silent = set()
         for job in self._prefilling:
             assert job.slab is not None
+            if job.slab not in fed:
+                continue  # of a gang that stands still
             if not pack.add_forced(job, fed[job.slab]):
                 silent.add(job)
         return silent
@@ -313,8 +350,11 @@ class Scheduler:
                     jobs.append(job)
                 for state, length in job.inplace:
                     pack.read(state, length, [first + slot])
+            if slab.gang is not None:
+                slab.gang.read(pack, first)
         jobs += starts
-        return Stable(jobs, Batch([job.sampling for job in jobs], [job.key for job in jobs]), pack.groups())
+        batch = Batch([job.sampling for job in jobs], [job.key for job in jobs], [job.steering for job in jobs])
+        return Stable(jobs, batch, pack.groups())
 
     def _commit(self, pack: Pack) -> None:
         """Count what was computed, now that it is there."""
@@ -331,9 +371,15 @@ class Scheduler:
     def _draw(self, stable: Stable, logits: Tensor) -> None:
         positions = np.array([job.state.start + len(job.state.tokens) for job in stable.jobs])
         tokens, logprobs, top = stable.batch.draw(logits, positions)
-        self.sampled += len(tokens)
         ended = []
         for i, job in enumerate(stable.jobs):
+            if tokens[i] < 0:
+                assert job.steering is not None
+                error = EngineError(f"no token is left to go on with: {job.steering.stuck()}")
+                self.outbox += [(job, job.finish(None)), (job, error)]
+                ended.append(job)
+                continue
+            self.sampled += 1
             delta = job.accept(tokens[i], logprobs[i], None if top is None else top[i])
             if delta is not None:
                 self.outbox.append((job, delta))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from orchestra.runtime.local.gang import LocalGang
     from orchestra.runtime.local.jobs import Job
 
 SMALLEST_SLOT = 64
@@ -109,6 +110,11 @@ class Segment:
 class Slab:
     """An arena of slots of one capacity. Slots 0..len(jobs)-1 are in use; the last one moves into a gap.
 
+    Args:
+        memory: the shape of keys and values.
+        capacity: tokens per slot.
+        gang: whose members alone have slots here; None for all others.
+
     Attributes:
         capacity: tokens per slot.
         jobs: the generation in each slot.
@@ -118,9 +124,10 @@ class Slab:
         token, position: the next token to feed for each slot.
     """
 
-    def __init__(self, memory: Memory, capacity: int, slots: int) -> None:
+    def __init__(self, memory: Memory, capacity: int, slots: int, gang: LocalGang | None = None) -> None:
         self.memory = memory
         self.capacity = capacity
+        self.gang = gang
         self.jobs: list[Job] = []
         self.reserved = 0
         self._allocate(slots)
@@ -183,36 +190,65 @@ class Arena:
 
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
-        self.slabs: dict[int, Slab] = {}
+        self.slabs: dict[tuple[int, LocalGang | None], Slab] = {}
 
-    def capacity(self, tokens: int) -> int:
-        """Of the slots for so many tokens."""
-        capacity = SMALLEST_SLOT
+    def capacity(self, tokens: int, gang: LocalGang | None = None) -> int:
+        """Of the slots for so many tokens; all members of a gang are in one slab."""
+        capacity = SMALLEST_SLOT if gang is None or gang.slab is None else gang.slab.capacity
         while capacity < tokens:
             capacity *= 2
         return capacity
 
-    def cost(self, capacity: int) -> int:
+    def cost(self, capacity: int, gang: LocalGang | None = None) -> int:
         """Bytes that must be free for one more slot; while a slab is being copied to a larger one, both are there."""
-        slab = self.slabs.get(capacity)
+        slab = self.slabs.get((capacity, gang))
         slots = 1 if slab is None else slab.slots + 1 if slab.taken == slab.slots else 0
+        if gang is not None and gang.slab is not None and slab is None:
+            slots = gang.slab.taken + 1  # all have to move
         return slots * capacity * self.memory.token_bytes
+
+    def growth(self, slab: Slab, capacity: int) -> int:
+        """Bytes that must be free for one generation of a slab, or a whole gang, to move to larger slots."""
+        return self.cost(capacity) if slab.gang is None else slab.taken * capacity * self.memory.token_bytes
 
     def reserve(self, job: Job, capacity: int) -> None:
         """Keep a slot free for a generation; slabs double, as far as there is memory."""
-        slab = self.slabs.get(capacity)
-        most = self.memory.left // (capacity * self.memory.token_bytes)
-        if slab is None:
-            slots = max(1, NEW_SLAB_TOKENS // capacity)
-            slab = self.slabs[capacity] = Slab(self.memory, capacity, min(slots, most))
+        slab = self.slabs.get((capacity, job.gang))
+        if job.gang is not None and job.gang.slab is not None and slab is None:
+            slab = self.enlarge(job.gang.slab, capacity, job.gang.slab.taken + 1)
+        elif slab is None:
+            slab = self._new(capacity, job.gang, 1)
         elif slab.taken == slab.slots:
-            slab.resize(min(2 * slab.slots, most))
+            slab.resize(min(2 * slab.slots, self._most(capacity)))
         slab.reserved += 1
         job.reserved = slab
 
+    def _most(self, capacity: int) -> int:
+        return self.memory.left // (capacity * self.memory.token_bytes)
+
+    def _new(self, capacity: int, gang: LocalGang | None, least: int) -> Slab:
+        slots = max(least, min(NEW_SLAB_TOKENS // capacity, self._most(capacity)))
+        slab = self.slabs[capacity, gang] = Slab(self.memory, capacity, slots, gang)
+        if gang is not None:
+            gang.slab = slab
+        return slab
+
+    def enlarge(self, slab: Slab, capacity: int, slots: int) -> Slab:
+        """Move a whole gang to a slab with slots of another capacity."""
+        new = self._new(capacity, slab.gang, slots)
+        for job in slab.jobs.copy():
+            self._move(job, new)
+        new.reserved, slab.reserved = slab.reserved, 0
+        return new
+
+    @staticmethod
+    def reserved(job: Job) -> Slab | None:
+        """Where a slot is kept free for a generation; a gang may have moved since."""
+        return job.gang.slab if job.gang is not None and job.reserved is not None else job.reserved
+
     def place(self, job: Job) -> Slab:
         """Give a generation the slot that was reserved for it; sets its slab and slot."""
-        slab, job.reserved = job.reserved, None
+        slab, job.reserved = self.reserved(job), None
         assert slab is not None
         slab.reserved -= 1
         job.slab, job.slot = slab, slab.add(job)
@@ -220,9 +256,15 @@ class Arena:
 
     def move(self, job: Job) -> None:
         """Move a generation to the slot that was reserved for it."""
+        new, job.reserved = job.reserved, None
+        assert new is not None
+        new.reserved -= 1
+        self._move(job, new)
+
+    def _move(self, job: Job, new: Slab) -> None:
         old, i = job.slab, job.slot
         assert old is not None
-        new = self.place(job)
+        job.slab, job.slot = new, new.add(job)
         n, j = int(old.used[i]), job.slot
         new.keys[:, j, :, :n] = old.keys[:, i, :, :n]
         new.values[:, j, :, :n] = old.values[:, i, :, :n]
@@ -239,8 +281,8 @@ class Arena:
 
     def leave(self, job: Job) -> None:
         """Free a generation's slot, or the one reserved for it."""
-        if job.reserved is not None:
-            job.reserved.reserved -= 1
+        if (kept := self.reserved(job)) is not None:
+            kept.reserved -= 1
             job.reserved = None
         if job.slab is not None:
             job.slab.remove(job.slot)
@@ -248,8 +290,11 @@ class Arena:
 
     def trim(self) -> None:
         """Give back slabs without a generation."""
-        for capacity in [capacity for capacity, slab in self.slabs.items() if not slab.taken]:
-            self.slabs.pop(capacity).free()
+        for key in [key for key, slab in self.slabs.items() if not slab.taken]:
+            slab = self.slabs.pop(key)
+            slab.free()
+            if slab.gang is not None and slab.gang.slab is slab:
+                slab.gang.slab = None
 
     def shrink(self) -> None:
         """Give back the slots that nobody uses, as far as there is memory to copy the others."""

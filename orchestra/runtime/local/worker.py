@@ -16,7 +16,9 @@ import torch
 from orchestra.errors import EngineError, OrchestraError
 from orchestra.graph import ThreadGraph
 from orchestra.runtime.engine import Delta, Load
+from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.rotary import Rotary
 from orchestra.runtime.local.scheduler import Scheduler
 
 Delivery = list[tuple[Job, Delta | EngineError]]
@@ -74,6 +76,22 @@ class Worker:
         with self._lock:
             self._put(lambda: self._scheduler.submit_score(score))
 
+    def gang(self, graph: ThreadGraph, members: int, context: int, rotary: Rotary) -> LocalGang:
+        """A gang of a run; see `LocalGang`."""
+        gang = LocalGang(self, graph, members, context, self._scheduler.cache, rotary)
+        self.post(lambda: self._scheduler.gangs.setdefault(gang))
+        return gang
+
+    def leave(self, gang: LocalGang) -> None:
+        """One member of a gang is fewer; the last one closes it."""
+
+        def act() -> None:
+            gang.members -= 1
+            if not gang.members:
+                self._scheduler.close_gangs([gang])
+
+        self.post(act)
+
     def release(self, graph: ThreadGraph) -> Future[None]:
         """Forget a run; the future is done when nothing of it is left."""
         done: Future[None] = Future()
@@ -110,6 +128,11 @@ class Worker:
         with self._lock:
             self._put(act)
         return done
+
+    def post(self, act: Callable[[], None]) -> None:
+        """Do something between two steps, in the order of arrival; nothing if the engine is closed."""
+        with self._lock, suppress(EngineError):
+            self._put(act)
 
     def _put(self, act: Callable[[], None]) -> None:
         # Under the lock, so that nothing can be put in after the thread's last look.
@@ -179,7 +202,7 @@ class Worker:
         scheduler.arena.trim()
         if self._debug:
             scheduler.check_integrity()
-        if scheduler.waiting or scheduler.scores:
+        if (scheduler.waiting or scheduler.scores) and not scheduler.stalled:
             raise EngineError("no generation can go on: each waits for another")
         return False
 

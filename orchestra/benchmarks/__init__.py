@@ -1,0 +1,1 @@
+"""What `orchestra bench` measures: ours with the peers beside it, in one run on one machine."""
