@@ -60,6 +60,7 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
     "max_batch": int,
     "prefill": int,
     "memory": int,
+    "prefix_cache": int,
 }
 
 
