@@ -31,3 +31,12 @@ async def quiet(engine):
         last = load
         await asyncio.sleep(0.05)
     return load
+
+
+async def until(condition, seconds=60):
+    """Wait until something is so."""
+    for _ in range(seconds * 1000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise TimeoutError

@@ -34,7 +34,7 @@ from orchestra.training.flatten import flatten
 EMBEDDED = Path(orchestra.__file__).parent / "assets" / "embedded"
 
 # Everything in place, tiny batches and chunks, no library kernel: as unlike the defaults as can be.
-ODD = {"copy_bytes": 0, "prefill": 3, "max_batch": 2, "kernel": "reference"}
+ODD = {"debug": True, "copy_bytes": 0, "prefill": 3, "max_batch": 2, "kernel": "reference"}
 # One for each thing that a model may bring; the others are more of the same.
 FAST = {
     "llama",
@@ -204,7 +204,10 @@ def test_schedule_invariance_at_depth(tiny, seed):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("options", [{}, ODD, {"memory": 20_000}], ids=["default", "odd", "little-memory"])
+LITTLE = {"memory": 150_000, "debug": True}  # room for two generations or three
+
+
+@pytest.mark.parametrize("options", [{}, ODD, LITTLE], ids=["default", "odd", "little-memory"])
 def test_conservation_and_no_leak(tiny, options):
     async def main() -> None:
         async with opened(tiny, **options) as engine:
@@ -218,8 +221,8 @@ def test_conservation_and_no_leak(tiny, options):
 
 
 def test_little_memory_changes_no_result(tiny, plain):
-    """Evicted keys and values are computed again."""
-    parity(tiny, range(5), plain, memory=20_000)
+    """Evicted keys and values are computed again (`test_memory_limit` says what holds besides)."""
+    parity(tiny, range(5), plain, **LITTLE)
 
 
 def test_what_is_shared_is_computed_once(tiny):

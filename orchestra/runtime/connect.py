@@ -56,9 +56,11 @@ _LOCAL: Mapping[str, Callable[[str], Any]] = {
     "dtype": str,
     "device": str,
     "kernel": str,
+    "forward": str,
     "max_batch": int,
     "prefill": int,
     "memory": int,
+    "prefix_cache": int,
 }
 
 

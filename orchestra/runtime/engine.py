@@ -211,10 +211,12 @@ class Load:
 
     Attributes:
         requests: generations queued or running.
-        cached_tokens: tokens with keys and values in memory.
+        cached_tokens: tokens with keys and values in memory, for runs that have not ended.
         cached_bytes: bytes of those keys and values.
         sampled_tokens: tokens sampled since the engine was opened, cancelled ones included.
         computed_tokens: token positions whose keys and values were computed since then.
+        kept_tokens, kept_bytes: what ended runs have left in memory for prompts that begin like theirs.
+        peak_bytes: the most bytes of keys and values that ever were in memory.
     """
 
     requests: int = 0
@@ -222,6 +224,9 @@ class Load:
     cached_bytes: int = 0
     sampled_tokens: int = 0
     computed_tokens: int = 0
+    kept_tokens: int = 0
+    kept_bytes: int = 0
+    peak_bytes: int = 0
 
 
 class Engine(abc.ABC):

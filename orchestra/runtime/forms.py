@@ -29,7 +29,8 @@ _SAMPLES = "most samples of one request (256); `off` sends each by itself"
 _PROCESS = {
     "max_batch": "most generations decoded at once",
     "prefill": "most prompt tokens computed in one step",
-    "memory": "bytes of keys and values above which what nobody reads is evicted",
+    "memory": "most bytes of keys and values; generations wait, or give way, before there are more",
+    "prefix_cache": "bytes of keys and values that ended runs may leave for prompts that begin like theirs (0)",
     "kernel": "auto, or reference (slow, the oracle)",
     "dtype": "float32, bfloat16 or float16",
     "device": "cpu, cuda, cuda:1, ...",

@@ -6,6 +6,12 @@ Torch is loaded only by the laws that compute with it.
 from __future__ import annotations
 
 from orchestra.testing.agreement import check_agreement
+from orchestra.testing.caching import (
+    check_integrity,
+    check_joined_cache_is_not_found,
+    check_memory_limit,
+    check_prefix_reuse,
+)
 from orchestra.testing.concurrent import check_concurrent_parity
 from orchestra.testing.conformance import check_engine
 from orchestra.testing.graphs import Played, Step, play, random_graph, random_program
@@ -34,9 +40,13 @@ __all__ = [
     "check_conservation",
     "check_engine",
     "check_greedy",
+    "check_integrity",
+    "check_joined_cache_is_not_found",
     "check_losslessness",
+    "check_memory_limit",
     "check_no_leak",
     "check_parity",
+    "check_prefix_reuse",
     "check_schedule_invariance",
     "check_strategy",
     "play",

@@ -161,10 +161,11 @@ async def check_schedule_invariance(
         played.append(crowd[0])
         for other in crowd:
             await engine.release(other.graph)
-    return sum(_compare(program, played[0], other) for other in played[1:])
+    return sum(compare(program, played[0], other) for other in played[1:])
 
 
-def _compare(program: Sequence[Step], one: Played, other: Played) -> int:
+def compare(program: Sequence[Step], one: Played, other: Played) -> int:
+    """Two plays of a program, token by token up to close calls; returns the number of tokens compared."""
     compared, forked = 0, set[int]()  # steps that went separate ways at a close call: what follows cannot be compared
     for i, step in enumerate(program):
         a, b = one.deltas[i], other.deltas[i]

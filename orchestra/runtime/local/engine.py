@@ -21,8 +21,9 @@ from orchestra.runtime.local import sampler
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.grammar import Grammars
-from orchestra.runtime.local.jobs import Job, Score, Snapshot
-from orchestra.runtime.local.model import LoadedModel, load_model, load_plain
+from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, load_plain
+from orchestra.runtime.local.nodes import Snapshot, snapshot
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
 from orchestra.runtime.local.steering import Steering
@@ -40,11 +41,16 @@ class LocalEngine(Engine):
         dtype: `float32`, `bfloat16` or `float16`.
         device: a torch device.
         kernel: `auto`, or `reference` (slow, the oracle).
+        forward: `auto`, or `transformers` (the module's own, the oracle of the lean one).
         max_batch: most generations decoded at once.
         prefill: most prompt tokens computed in one step; longer prompts take several, others go on decoding.
-        memory: bytes of keys and values above which what nobody reads is evicted; None for no limit.
+        memory: most bytes of keys and values, padding included; None for no limit. What nobody reads is evicted, then
+            generations wait, then the youngest give way and are computed again; one that does not fit alone is refused.
+        prefix_cache: bytes of keys and values that ended runs may leave for prompts that begin like theirs; 0 for none.
+            Runs that are there at the same time share in any case.
         copy_bytes: see `attention.cost.COPY_BYTES`; 0 reads every context segment in place.
         adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
+        debug: check the cache's invariants after every step; a broken one is an error of all that runs.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
 
@@ -57,22 +63,31 @@ class LocalEngine(Engine):
         dtype: str = "float32",
         device: str = "cpu",
         kernel: str = "auto",
+        forward: str = "auto",
         max_batch: int = 128,
         prefill: int = 512,
         memory: int | None = None,
+        prefix_cache: int = 0,
         copy_bytes: int = COPY_BYTES,
         adapter: str | None = None,
+        debug: bool = False,
         hint: str = "",
     ) -> None:
         if kernel not in KERNELS:
             raise UsageError(f"unknown kernel {kernel!r} (known: {', '.join(KERNELS)})")
+        if forward not in FORWARDS:
+            raise UsageError(f"unknown forward {forward!r} (known: {', '.join(FORWARDS)})")
         for name, value in (("max_batch", max_batch), ("prefill", prefill)):
             if value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        for name, bytes_ in (("memory", memory), ("prefix_cache", prefix_cache)):
+            if bytes_ is not None and bytes_ < 0:
+                raise UsageError(f"{name} is a number of bytes, got {bytes_}")
         self.name = f"local:{source}"
         self.source, self.dtype, self.device, self.kernel, self.hint = source, dtype, device, kernel, hint
-        self.adapter = adapter
-        self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes)
+        self.adapter, self.forward = adapter, forward
+        self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes, prefix_cache)
+        self._debug = debug
         self._lock = threading.Lock()
         self._model: LoadedModel | None = None
         self._prompts: Prompts | None = None
@@ -96,10 +111,10 @@ class LocalEngine(Engine):
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
             if self._model is None or self._prompts is None or self._worker is None:
-                model = load_model(self.source, self.dtype, self.device, self.adapter)
+                model = load_model(self.source, self.dtype, self.device, self.adapter, self.forward)
                 self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
-                self._worker = Worker(Scheduler(model, *self._scheduling))
+                self._worker = Worker(Scheduler(model, *self._scheduling), self._debug)
             return self._model, self._prompts, self._worker
 
     async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
@@ -229,6 +244,15 @@ class LocalEngine(Engine):
         """See `Engine.load`."""
         return Load() if self._worker is None else self._worker.load()
 
+    async def check_integrity(self) -> None:
+        """Check the cache's invariants now.
+
+        Raises:
+            AssertionError: what is wrong.
+        """
+        await self.open()
+        await asyncio.wrap_future(self._open()[2].check_integrity())
+
     def facts(self) -> dict[str, Any]:
         """See `Engine.facts`; loads the model if need be."""
         model, _, _ = self._open()
@@ -243,6 +267,7 @@ class LocalEngine(Engine):
             "dtype": self.dtype,
             "device": self.device,
             "kernel": self.kernel,
+            "forward": "transformers" if model.lean is None else "lean",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -285,9 +310,9 @@ def _look(
                 raise EngineError(
                     f"node {i} has {length} tokens but only {len(tokens)} token ids; a local engine needs all"
                 )
-            snapshots.append(Snapshot(i, seen.start, graph.view(seen.context), tokens))
+            snapshots.append(snapshot(seen, graph.view(seen.context), tokens))
     if not whole:
-        snapshots.append(Snapshot(node.id, node.start, view, list(node.tokens)))
+        snapshots.append(snapshot(node, view, list(node.tokens)))
     edge = node.context[0] if len(node.context) == 1 else None
     return view, snapshots, None if edge is None else (edge.parent, edge.length - 1)
 

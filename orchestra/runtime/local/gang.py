@@ -16,23 +16,25 @@ from torch import Tensor
 
 from orchestra.graph import Edge, Read, ThreadGraph, View
 from orchestra.runtime.engine import Gang
-from orchestra.runtime.local.jobs import Context, Job, NodeState, Run, Snapshot
+from orchestra.runtime.local.nodes import Context, NodeState, Part, Place, Run, Snapshot, snapshot
 from orchestra.runtime.local.segments import Memory, Segment
 
 if TYPE_CHECKING:
     from orchestra.runtime.attention.reads import Rotary
     from orchestra.runtime.local.cache import Cache
+    from orchestra.runtime.local.jobs import Job
     from orchestra.runtime.local.pack import Pack
     from orchestra.runtime.local.segments import Slab
     from orchestra.runtime.local.worker import Worker
 
 
 class Placed(NamedTuple):
-    """The first `length` tokens of a node as they stand in a view: the first of them at position `place`."""
+    """Tokens of a node as they stand in a view: `length` of a stretch or a part, the first at position `place`."""
 
-    state: NodeState
+    state: NodeState | Part
     length: int
     place: int
+    node: int
 
 
 class Reading(NamedTuple):
@@ -66,8 +68,8 @@ class Past:
         assert self.segment is not None
         return self.segment.keys[:, :, :length], self.segment.values[:, :, :length]
 
-    def take(self, state: NodeState, n: int, place: int) -> None:
-        """Copy the first `n` tokens of a node, turned to `place`."""
+    def take(self, state: NodeState | Part, n: int, place: int) -> None:
+        """Copy the first `n` tokens of a stretch, turned to `place`."""
         keys, values = state.reads(n)
         if self.segment is None:
             self.segment = Segment(self.memory, max(64, n))
@@ -130,7 +132,7 @@ class LocalGang(Gang):
                 continue  # concurrent: known from its generation
             for j in (*graph.view(graph.nodes[i].context), i):
                 node = graph.nodes[j]
-                snapshots.append(Snapshot(j, node.start, graph.view(node.context), node.tokens))
+                snapshots.append(snapshot(node, graph.view(node.context), node.tokens))
         orders = {node: tuple(order) for node, order in views.items()}
         self._worker.post(lambda: self._arrange(orders, snapshots, settled))
 
@@ -144,7 +146,8 @@ class LocalGang(Gang):
         self._run = run = self._cache.learn(self.graph, snapshots)
         for seen in snapshots:
             if seen.id not in self._pinned:
-                self._pinned[seen.id] = self._cache.pin(run, {**seen.view, seen.id: len(seen.tokens)})
+                context = self._pinned[seen.id] = run.context({**seen.view, seen.id: len(seen.tokens)})
+                self._cache.hold(context)
         self._orders |= orders
         self._stay = settled
         self._version += 1
@@ -152,12 +155,11 @@ class LocalGang(Gang):
     def close(self) -> None:
         """Give back what it holds."""
         for context in self._pinned.values():
-            self._cache.unpin(context)
+            self._cache.let_go(context)
         self._pinned.clear()
         self._cache.tokens -= self._past.length
         self._past.free()
-        for state in self._held:
-            state.readers -= 1
+        self._cache.let_go([(state, 0) for state in self._held])
         self._held.clear()
         self._orders.clear()
 
@@ -170,56 +172,70 @@ class LocalGang(Gang):
         return 0 < self.members <= len(self.jobs())
 
     def unsettled(self) -> Context:
-        """The ordinary nodes that members read, and what those read, by id."""
-        needed: dict[int, tuple[NodeState, int]] = {}
+        """The ordinary nodes that members read, and what those read, ancestors first."""
+        needed: dict[NodeState, int] = {}
         for job in self.jobs():
             for i, _ in self._order(job)[self._settled :]:
-                needed.update({other.id: (other, n) for other, n in self._pinned.get(i, ())})
-        return [needed[i] for i in sorted(needed)]
+                for state, n in self._pinned.get(i, ()):
+                    needed[state] = max(n, needed.get(state, 0))
+        return list(needed.items())
 
     def wrong(self) -> str | None:
         """Why the gang cannot go on, or None."""
         first = None
         for job in self.jobs():
-            order = self._orders.get(job.state.id)
+            order, name = self._orders.get(_node(job)), _node(job)
             if order is None:
-                return f"nobody has said what concurrent node {job.state.id} reads"
+                return f"nobody has said what concurrent node {name} reads"
             first = order[: self._stay] if first is None else first
             if order[: self._stay] != first or len(first) < self._stay:
-                return f"concurrent node {job.state.id} does not read first what is settled"
+                return f"concurrent node {name} does not read first what is settled"
             for place, (i, _) in enumerate(order[self._settled :], self._settled):
-                state = self._nodes.get(i)
+                known = self._nodes.get(i)
+                state = known.pieces[-1].state if known is not None and known.pieces else None
                 if state is None or (i not in self._pinned and state.reading is None and state.job not in self.jobs()):
-                    return f"concurrent node {job.state.id} reads node {i}, which has not been generated with its gang"
+                    return f"concurrent node {name} reads node {i}, which has not been generated with its gang"
                 if place < self._stay and state.job is not None:
                     return f"node {i} is being generated; it cannot be settled"
         return None
 
     @property
-    def _nodes(self) -> dict[int, NodeState]:
+    def _nodes(self) -> dict[int, Place]:
         assert self._run is not None  # arranged
         return self._run.nodes
 
     def _order(self, job: Job) -> tuple[Edge, ...]:
-        return self._orders[job.state.id]
+        return self._orders[_node(job)]
+
+    @property
+    def need(self) -> int:
+        """Bytes that `settle` may allocate now."""
+        if self._settled >= self._stay or not self.complete():
+            return 0
+        tokens = (
+            sum(n for _, n in self._order(self.jobs()[0])[self._settled : self._stay]) if self.wrong() is None else 0
+        )
+        return 2 * max(64, self._past.length + tokens) * self._cache.memory.token_bytes
 
     def settle(self) -> None:
         """Move the nodes that stay to where they do."""
         order = self._order(self.jobs()[0])
         while self._settled < self._stay:
             i, n = order[self._settled]
-            state = self._nodes[i]
-            if state.done < n:
+            node = self._nodes[i]
+            if not node.ready(n):
                 return  # its last token is computed in this step
-            if state.start == self._span:
-                self._kept.append(Placed(state, n, self._span))
-            else:
-                self._past.take(state, n, self._span)
-                self._cache.tokens += n
-                if state.id not in self._pinned:  # a concurrent node: nobody else reads it
-                    self._cache.drop(state)
-                    state.moved = self._past, self._past.length - n, self._span
-            self._span += n
+            stays = node.start == self._span
+            for state, length in node.parts(n):
+                if stays:
+                    self._kept.append(Placed(state, length, self._span, i))
+                else:
+                    self._past.take(state, length, self._span)
+                    self._cache.tokens += length
+                    if i not in self._pinned and isinstance(state, NodeState):  # a concurrent node: nobody reads it
+                        self._cache.drop(state)
+                        state.moved = self._past, self._past.length - length, self._span
+                self._span += length
             self._settled += 1
             self._version += 1
 
@@ -227,7 +243,7 @@ class LocalGang(Gang):
         """Compute the last tokens of members that have ended, each with what it was reading then."""
         for job in self.jobs():
             for i, n in self._order(job)[self._settled :]:
-                state = self._nodes[i]
+                state = self._nodes[i].pieces[-1].state
                 if state.reading is None or state.job is not None or state in pack.filled:
                     continue
                 if state.done < n:
@@ -255,7 +271,8 @@ class LocalGang(Gang):
             rows = [*chunk, first + slot]
             self._plan(pack, job.state, reading, rows)
             for placed in reading.reads:
-                turn, other = self._turn(job.state, reading, placed), placed.state.job
+                turn = self._turn(job.state, reading, placed)
+                other = placed.state.job if isinstance(placed.state, NodeState) else None
                 if mutual and other is not None:
                     turns[other.slot][slot] = turn
                     pack.read(placed.state, placed.length, chunk, turn)
@@ -281,9 +298,12 @@ class LocalGang(Gang):
     def _reading(self, job: Job, length: Callable[[NodeState, int], int]) -> Reading:
         reads, place = [], self._span
         for i, n in self._order(job)[self._settled :]:
-            state = self._nodes[i]
-            reads.append(Placed(state, length(state, n), place))
-            place += reads[-1].length
+            node = self._nodes[i]
+            parts = node.parts(n) if i in self._pinned else [(node.pieces[-1].state, n)]
+            for state, size in parts:
+                size = length(state, size) if isinstance(state, NodeState) else size
+                reads.append(Placed(state, size, place, i))
+                place += size
         return Reading(reads, place, len(self._kept), self._past.length)
 
     def _note(self, job: Job, reads: Sequence[Placed], grown: Mapping[NodeState, int], alone: bool) -> None:
@@ -295,10 +315,13 @@ class LocalGang(Gang):
             grown: tokens of all members, those of this step included.
             alone: one token of the member is fed; for a chunk of several nothing grows.
         """
-        lengths = [placed.length for placed in reads]
-        grows = [int(alone and placed.state in grown) for placed in reads]
+        whole: dict[int, int] = {}  # by node: one may be several stretches
+        for placed in reads:
+            whole[placed.node] = whole.get(placed.node, 0) + placed.length
+        growing = {placed.node for placed in reads if alone and placed.state in grown}
+        lengths, grows = list(whole.values()), [int(i in growing) for i in whole]
         if job.expected != (self._version, lengths):
-            moving = [Read(placed.state.id, placed.length, more) for placed, more in zip(reads, grows, strict=True)]
+            moving = [Read(i, n, more) for (i, n), more in zip(whole.items(), grows, strict=True)]
             job.views.append(View(job.fed, self._steady(job) + moving))
         job.expected = self._version, [n + more for n, more in zip(lengths, grows, strict=True)]
 
@@ -307,12 +330,34 @@ class LocalGang(Gang):
 
     def end(self, job: Job) -> None:
         """A member has ended: keep what it reads now, for its tokens that were not fed, and record it."""
-        if job.slab is None or job.state.id not in self._orders:
+        if job.slab is None or _node(job) not in self._orders:
             return
-        job.state.readers += 1
         self._held.append(job.state)
+        self._cache.hold([(job.state, 0)])
         job.state.reading = reading = self._reading(
             job, lambda state, n: state.done if state.job else min(n, state.done)
         )
         if job.fed < len(job.state.tokens):
-            job.views.append(View(job.fed, self._steady(job) + [Read(p.state.id, p.length) for p in reading.reads]))
+            whole: dict[int, int] = {}
+            for placed in reading.reads:
+                whole[placed.node] = whole.get(placed.node, 0) + placed.length
+            job.views.append(View(job.fed, self._steady(job) + [Read(i, n) for i, n in whole.items()]))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of what it has moved together."""
+        return 0 if self._past.segment is None else self._past.segment.bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of what it has moved together."""
+        return self._past.length
+
+    def holds(self) -> list[NodeState]:
+        """What it keeps from being evicted, as often as it does."""
+        return [*self._held, *(state for context in self._pinned.values() for state, _ in context)]
+
+
+def _node(job: Job) -> int:
+    """The graph's node that a generation fills."""
+    return job.nodes[-1].id

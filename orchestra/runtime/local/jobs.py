@@ -1,7 +1,6 @@
-"""What the scheduler works on: runs, their nodes, and the generations that fill them.
+"""What the scheduler works on: generations, each of which fills a node, and scorings.
 
-A `NodeState` is the engine's view of a graph node: the tokens it knows and how many of them have keys and values. A
-`Job` is one generation in one node. Event loops create jobs; from then on only the worker thread touches them.
+Event loops create them; from then on only the worker thread touches them.
 """
 
 from __future__ import annotations
@@ -12,110 +11,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from orchestra.graph import ThreadGraph
 from orchestra.graph import View as Concurrent
 from orchestra.runtime.engine import Delta, Sampling, Stream
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder, cut
-from orchestra.runtime.local.segments import Memory, Segment, Slab
+from orchestra.runtime.local.nodes import Context, NodeState, Snapshot, View
+from orchestra.runtime.local.segments import Segment, Slab
 from orchestra.runtime.local.steering import Steering
 
 if TYPE_CHECKING:
-    from orchestra.runtime.local.gang import LocalGang, Past, Reading
-
-View = dict[int, int]
-"""What a token attends to: node id to tokens."""
-
-
-@dataclass(slots=True, eq=False)
-class NodeState:
-    """A node as the engine knows it.
-
-    Attributes:
-        id: its index in the graph.
-        start: position of its first token.
-        view: what its first token attends to besides itself.
-        tokens: the ids known here, a prefix of the node's.
-        computed: of these, how many have keys and values.
-        segment: the sealed keys and values; None while a job's slot holds them, or when there are none.
-        job: the generation that fills it, until it ends.
-        readers: live jobs and scores whose view holds it; it is not evicted before they end.
-        used: step in which it was last read; the oldest are evicted first.
-        reading: of a concurrent node that has ended: what it read last.
-        moved: of a settled concurrent node: the gang's past, where in it its keys are, and the position of the first.
-    """
-
-    id: int
-    start: int
-    view: View
-    tokens: list[int]
-    computed: int = 0
-    segment: Segment | None = None
-    job: Job | None = None
-    readers: int = 0
-    used: int = 0
-    reading: Reading | None = None
-    moved: tuple[Past, int, int] | None = None
-
-    @property
-    def base(self) -> int:
-        """The position that the first key is rotated for."""
-        return self.start if self.moved is None else self.moved[2]
-
-    def reads(self, length: int) -> tuple[Tensor, Tensor]:
-        """The keys and values of the first `length` tokens, `[layers, heads, length, dim]`, wherever they are now."""
-        if self.moved is not None:
-            past, first, _ = self.moved
-            keys, values = past.reads(first + length)
-            return keys[:, :, first:], values[:, :, first:]
-        job = self.job
-        if job is not None and job.slab is not None:
-            slab, slot = job.slab, job.slot
-            keys, values = slab.keys[:, slot], slab.values[:, slot]
-            return keys[:, :, job.head : job.head + length], values[:, :, job.head : job.head + length]
-        assert self.segment is not None
-        return self.segment.keys[:, :, :length], self.segment.values[:, :, :length]
-
-    def reserve(self, memory: Memory, length: int) -> Segment:
-        """The segment, with room for `length` tokens at least and all known ones if it has to be made or grown."""
-        if self.segment is None:
-            self.segment = Segment(memory, len(self.tokens))
-        elif self.segment.capacity < length:
-            self.segment.grow(len(self.tokens), self.computed)
-        return self.segment
-
-    @property
-    def done(self) -> int:
-        """Tokens with keys and values, in a slot or sealed."""
-        return self.job.fed if self.job is not None and self.job.slab is not None else self.computed
-
-
-Context = list[tuple[NodeState, int]]
-"""What a token attends to, in topological order: nodes and how many of their tokens."""
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """One graph on the engine, until it is released.
-
-    Attributes:
-        graph: kept, so that no other graph can get its identity.
-        nodes: by id.
-    """
-
-    graph: ThreadGraph
-    nodes: dict[int, NodeState] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Snapshot:
-    """What an event loop tells the worker about one node."""
-
-    id: int
-    start: int
-    view: View
-    tokens: list[int]
+    from orchestra.runtime.local.gang import LocalGang
 
 
 @dataclass(slots=True, eq=False)
@@ -135,11 +40,18 @@ class Job:
         stream, loop: where the deltas go.
         chunk: wake the reader every so many tokens.
         detokenizer, finder: text and stop strings.
-        state, context: the node and the view, once the worker has seen the job.
+        number: in order of arrival.
+        state: the stretch that it fills: what is new of the node's forced tokens, then what it samples.
+        context: what the stretch's first token attends to.
+        predictor: the stretch and the index of the token that predicts the first one; None when nothing has to.
+        admitted: it has its memory, and what it reads is pinned; else it waits in line and holds nothing.
+        reserved: where a slot is kept free for it, until it is placed.
         slab, slot, head: where its keys and values grow, and how many tokens of context were copied in front of them.
-        inplace: context read where it is, `(state, tokens)`; the rest is in the head.
-        forced: tokens of the node that were there before the generation.
-        fed: how many of the node's tokens have keys and values in the slot.
+        copied: context that is in the head.
+        inplace: context read where it is, `(state, tokens)`.
+        forced: tokens of the stretch that were there before the generation.
+        given: tokens to be fed before the next one can be drawn: the forced ones, and after a preemption all.
+        fed: how many of the stretch's tokens have keys and values in the slot.
         sampled: how many tokens were drawn; `sent` of them have been delivered, `shown` were decoded.
         piece: text not delivered yet; `told` is the end of the text that was.
         logprobs, top: of the tokens not delivered yet.
@@ -165,13 +77,19 @@ class Job:
     detokenizer: Detokenizer
     finder: Finder | None
     gang: LocalGang | None = None
+    number: int = 0
     state: NodeState = field(init=False)
     context: Context = field(default_factory=list)
+    predictor: tuple[NodeState, int] | None = None
+    admitted: bool = False
+    reserved: Slab | None = None
     slab: Slab | None = None
     slot: int = 0
     head: int = 0
-    inplace: list[tuple[NodeState, int]] = field(default_factory=list)
+    copied: Context = field(default_factory=list)
+    inplace: Context = field(default_factory=list)
     forced: int = 0
+    given: int = 0
     fed: int = 0
     sampled: int = 0
     sent: int = 0
@@ -243,7 +161,7 @@ class Score:
     """Log-probabilities of one node's tokens, computed in a scratch segment that nobody else reads.
 
     Attributes:
-        graph, nodes, view, before, context: as in `Job`.
+        graph, nodes, view, before, number, context, predictor, admitted: as in `Job`.
         future: gets the result.
         tokens, start: of the node.
         segment: scratch.
@@ -258,7 +176,10 @@ class Score:
     tokens: list[int]
     start: int
     future: Future[list[float]]
+    number: int = 0
     context: Context = field(default_factory=list)
+    predictor: tuple[NodeState, int] | None = None
+    admitted: bool = False
     segment: Segment | None = None
     fed: int = 0
     result: list[float] = field(default_factory=list)

@@ -17,6 +17,7 @@ from orchestra.errors import EngineError, UsageError
 from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.local.adapters import merge_adapter
 from orchestra.runtime.local.interface import ATTENTION, running
+from orchestra.runtime.local.lean import Lean, lean_forward
 from orchestra.runtime.local.listen import listen
 from orchestra.runtime.local.probe import probe
 from orchestra.runtime.local.refusal import refusal
@@ -25,6 +26,10 @@ from orchestra.runtime.local.segments import Memory
 from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder, read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+FORWARDS = ("auto", "transformers")
+"""Lean where that is known to give the same (see `lean`), or always the module's own: the oracle."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +44,7 @@ class LoadedModel:
         eos: ids that end a sequence.
         memory: the shape of its keys and values.
         rotary: how it rotates queries and keys; None if not as `Rotary` can follow (then it cannot play Hogwild).
+        lean: its forward in fewer calls; None to use the module's own.
     """
 
     module: Any
@@ -48,6 +54,7 @@ class LoadedModel:
     eos: frozenset[int]
     memory: Memory
     rotary: Rotary | None = None
+    lean: Lean | None = None
 
     def fingerprint(self) -> str:
         """Tells models apart, wherever they lie: a hash of every parameter's name, shape and some of its values."""
@@ -69,6 +76,8 @@ class LoadedModel:
         Returns:
             Logits `[len(keep), vocabulary]`.
         """
+        if self.lean is not None:
+            return self.lean(tokens, positions, keep, plan)
         plan.layers_run = 0
         with running(plan):
             logits: Tensor = self.module(
@@ -82,7 +91,7 @@ class LoadedModel:
         return logits
 
 
-def load_model(source: str, dtype: str, device: str, adapter: str | None = None) -> LoadedModel:
+def load_model(source: str, dtype: str, device: str, adapter: str | None = None, forward: str = "auto") -> LoadedModel:
     """Load a model and its tokenizer from a folder, or by id from the Hugging Face cache or hub.
 
     Args:
@@ -90,6 +99,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None)
         dtype: one of `DTYPES`.
         device: a torch device.
         adapter: folder of a PEFT adapter to merge into the model.
+        forward: see `FORWARDS`.
 
     Raises:
         UsageError: no such folder or model, unknown dtype or device, or an architecture that the plan cannot run.
@@ -123,6 +133,8 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None)
         line = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"the in-process engine cannot run {kind}: {line[:300]}") from error
     model.rotary = find_rotary(module, heard)
+    if forward == "auto":
+        model.lean = lean_forward(model)
     return model
 
 

@@ -11,7 +11,8 @@ import torch
 from orchestra.runtime.attention.kernels import Kernel
 from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails, Write
 from orchestra.runtime.local.gang import Past
-from orchestra.runtime.local.jobs import Context, Job, NodeState, Score
+from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.nodes import Context, NodeState, Part
 from orchestra.runtime.local.rotary import Rotary
 from orchestra.runtime.local.segments import Memory, Slab
 
@@ -51,9 +52,9 @@ class Pack:
         self._tokens: list[Ints] = []
         self._positions: list[Ints] = []
         self._echoes: dict[tuple[NodeState, int], int] = {}
-        self._groups: dict[tuple[NodeState | Past, int], list[tuple[int, int]]] = {}
+        self._groups: dict[tuple[NodeState | Part | Past, int], list[tuple[int, int]]] = {}
 
-    def read(self, state: NodeState | Past, length: int, rows: Iterable[int], turn: int = 0) -> None:
+    def read(self, state: NodeState | Part | Past, length: int, rows: Iterable[int], turn: int = 0) -> None:
         """Rows that read the first `length` tokens of a node where they are, their queries turned by some positions."""
         readers = [(row, turn) for row in rows]
         if length and readers:
@@ -74,15 +75,15 @@ class Pack:
         self.computed += n
 
     def add_forced(self, job: Job, fed: Ints) -> bool:
-        """Feed forced tokens to a slot: the last goes into the slot's own row, those before it become a chunk.
+        """Feed given tokens to a slot: the last goes into the slot's own row, those before it become a chunk.
 
         Returns:
-            Whether all forced tokens are fed now, so that the slot's row predicts a sampled token.
+            Whether all of them are fed now, so that the slot's row predicts a sampled token.
         """
         slab, slot = job.slab, job.slot
         assert slab is not None
         # A chunk of a gang's member is read by the others as it is, so it does not depend on what else there is to do.
-        take = max(1, min(self.budget, job.forced - job.fed)) if job.gang is None else job.forced - job.fed
+        take = max(1, min(self.budget, job.given - job.fed)) if job.gang is None else job.given - job.fed
         self.budget -= take
         fed[slot] = take
         first = job.state.start + job.fed
@@ -95,18 +96,19 @@ class Pack:
             self._chunk(rows, slab.keys[:, slot], slab.values[:, slot], used)
             for state, length in job.inplace:
                 self.read(state, length, rows)
-        return job.fed + take == job.forced
+        return job.fed + take == job.given
 
     def add_fill(self, state: NodeState, context: Context, take: int) -> range:
         """Compute the next `take` tokens of a node that no generation fills; returns their rows."""
         a = state.computed
         tokens = np.array(state.tokens[a : a + take])
         rows = self.add(tokens, np.arange(state.start + a, state.start + a + take))
-        segment = state.reserve(self.memory, a + take)
+        segment = state.segment
+        assert segment is not None  # since somebody who needs it was admitted
         self._chunk(rows, segment.keys, segment.values, a)
         for other, length in context:
             self.read(other, length, rows)
-        self.filled[state] = (take, rows.start)
+        self.filled[state] = (take, rows.start)  # what this step writes cannot be copied before it
         self.budget -= take
         return rows
 
@@ -146,7 +148,7 @@ class Pack:
         """The shared reads: one for each segment and length, one for all short segments that the same rows read."""
         found: dict[tuple[tuple[int, int], ...], list[list[Reads]]] = {}
         for (state, length), rows in self._groups.items():
-            alone = length > self._short or state in self.filled  # what this step writes cannot be copied before it
+            alone = length > self._short or state in self.filled or isinstance(state, Part)  # see `add_fill`
             groups = found.setdefault(tuple(sorted(rows)), [[]])
             keys, values = state.reads(length)
             part = keys, values, state.start

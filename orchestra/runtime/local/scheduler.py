@@ -19,13 +19,15 @@ from orchestra.graph import ThreadGraph
 from orchestra.runtime.attention.kernels import Kernel
 from orchestra.runtime.attention.plan import Shared
 from orchestra.runtime.engine import Delta
+from orchestra.runtime.local.admission import Admission, Work
 from orchestra.runtime.local.cache import Cache
 from orchestra.runtime.local.gang import LocalGang
-from orchestra.runtime.local.jobs import Context, Job, Score
+from orchestra.runtime.local.integrity import check_integrity
+from orchestra.runtime.local.jobs import Job, Score
 from orchestra.runtime.local.model import LoadedModel
+from orchestra.runtime.local.nodes import Context
 from orchestra.runtime.local.pack import Pack
 from orchestra.runtime.local.sampler import Batch, log_probabilities
-from orchestra.runtime.local.segments import Segment
 
 
 class Wanted(NamedTuple):
@@ -52,24 +54,35 @@ class Scheduler:
         kernel: of the attention.
         max_batch: most generations in slots.
         prefill: most prefill tokens a step; a long prompt is cut so that others go on decoding.
-        limit: bytes of keys and values above which segments without readers are evicted; None for no limit.
+        limit: most bytes of keys and values, padding of the arena included; None for no limit.
         copy_bytes: see `COPY_BYTES`; 0 reads every context segment in place.
+        keep: bytes of keys and values that ended runs may leave for prompts to come.
 
     Attributes:
         outbox: `(job, delta or error)` to be delivered.
         cache, arena, runs: what is on the engine.
+        admission, waiting, scores: who may hold memory, and who waits for it.
         sampled, computed: the counters of `Load`.
     """
 
     def __init__(
-        self, model: LoadedModel, kernel: Kernel, max_batch: int, prefill: int, limit: int | None, copy_bytes: int
+        self,
+        model: LoadedModel,
+        kernel: Kernel,
+        max_batch: int,
+        prefill: int,
+        limit: int | None,
+        copy_bytes: int,
+        keep: int = 0,
     ) -> None:
         self.model, self.memory = model, model.memory
+        self.memory.limit = limit
         self.kernel, self.max_batch, self.prefill = kernel, max_batch, prefill
-        self.cache = Cache(model.memory, limit, copy_bytes)
+        self.cache = Cache(model.memory, copy_bytes, keep)
         self.arena, self.runs = self.cache.arena, self.cache.runs
-        self.waiting: dict[Job, None] = {}  # a set in order of arrival
-        self.scores: list[Score] = []
+        self.admission = Admission(self.cache, max_batch, self._refuse)
+        self.cache.demand = self.admission.demand
+        self.waiting, self.scores = self.admission.waiting, self.admission.scores
         self.outbox: list[tuple[Job, Delta | EngineError]] = []
         self.sampled = self.computed = 0
         self.gangs: dict[LocalGang, None] = {}
@@ -80,22 +93,33 @@ class Scheduler:
 
     def submit(self, job: Job) -> None:
         """Take a generation."""
-        run = self.cache.learn(job.graph, job.nodes)
-        job.state = run.nodes[job.nodes[-1].id]
-        if job.state.job is not None:
+        run = self.cache.learn(job.graph, job.nodes[:-1], job.nodes[-1])
+        state = self.cache.open(run, job.nodes[-1])
+        if state is None:
             job.done = True
-            self.outbox.append((job, EngineError(f"node {job.state.id} is being generated already")))
+            self.outbox.append((job, EngineError(f"node {job.nodes[-1].id} is being generated already")))
             return
-        job.context = self.cache.pin(run, job.view)
-        job.cached = sum(min(state.done, n) for state, n in job.context)
-        job.forced = len(job.state.tokens)
-        job.state.job = job
-        self.waiting[job] = None
+        place = run.nodes[job.nodes[-1].id]
+        job.state, job.forced = state, len(state.tokens)
+        job.context = run.context(job.view, place.pieces[:-1])
+        job.cached = sum(min(other.done, n) for other, n in job.context)
+        if not state.tokens:
+            before = run.nodes[job.before[0]].after(job.before[1] + 1) if job.before is not None else None
+            if len(place.pieces) > 1:
+                before = place.pieces[-2].state, place.pieces[-2].end
+            assert before is not None  # the first token of a root, and of a join, is forced
+            job.predictor = before[0], before[1] - 1
+        state.job = job
+        self.admission.arrive(job)
 
     def submit_score(self, score: Score) -> None:
         """Take a scoring."""
-        score.context = self.cache.pin(self.cache.learn(score.graph, score.nodes), score.view)
-        self.scores.append(score)
+        run = self.cache.learn(score.graph, score.nodes)
+        score.context = run.context(score.view)
+        if score.before is not None:
+            state, length = run.nodes[score.before[0]].after(score.before[1] + 1)
+            score.predictor = state, length - 1
+        self.admission.arrive(score)
 
     def cancel(self, job: Job) -> None:
         """End a generation now; its last delta holds everything that it sampled."""
@@ -112,27 +136,27 @@ class Scheduler:
             self._end_score(score)
             with suppress(InvalidStateError):  # its reader has been cancelled
                 score.future.set_exception(error)
-        for run in self.runs.values():
-            for state in run.nodes.values():
-                self.cache.drop(state)
         self.close_gangs(list(self.gangs))
+        self.cache.forget_kept()
+        for state in list(self.cache.sealed):
+            self.cache.drop(state)
         self.arena.trim()
 
     def release(self, graph: ThreadGraph) -> None:
         """Forget a run."""
-        run = self.runs.pop(id(graph), None)
+        run = self.runs.get(id(graph))
         if run is None:
             return
-        for job in self.jobs():
-            if job.graph is graph:
-                self.cancel(job)
         for score in [score for score in self.scores if score.graph is graph]:
             self._end_score(score)
             score.future.cancel()
+        for job in sorted(self.jobs(), key=lambda job: -job.number):
+            if job.graph is graph:
+                self.cancel(job)
         self.close_gangs([gang for gang in self.gangs if gang.graph is graph])
-        for state in run.nodes.values():
-            self.cache.drop(state)
+        self.cache.release(run)
         self.arena.trim()
+        self._stable = None
 
     def close_gangs(self, gangs: list[LocalGang]) -> None:
         """Forget gangs and what they share."""
@@ -147,17 +171,29 @@ class Scheduler:
         return any(gang.jobs() and not gang.complete() for gang in self.gangs)
 
     def jobs(self) -> list[Job]:
-        """All generations, running ones first."""
-        return [job for slab in self.arena.slabs.values() for job in slab.jobs] + list(self.waiting)
+        """All generations, admitted ones first."""
+        return [work for work in self.admission.admitted if isinstance(work, Job)] + list(self.waiting)
+
+    def check_integrity(self) -> None:
+        """See `integrity`; to be called between two steps."""
+        check_integrity(self.cache, self.admission, self.gangs)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """Compute one packed row; returns whether there was anything to compute."""
-        self.cache.evict()
-        candidates = self._admit()
-        if self.arena.make_room():
-            self._stable = None
+        for score in [score for score in self.scores if score.future.cancelled()]:
+            self._end_score(score)
+        self.admission.grow()
+        self.admission.admit()
+        for gang in self.gangs:
+            if need := gang.need:
+                self.admission.demand(need)
+        if self.admission.changed:
+            self._prefilling = [job for job in self._prefilling if job.slab is not None]
+        candidates = self._start()
+        if self.admission.changed:
+            self._stable, self.admission.changed = None, False
         pack = Pack(self.memory, self.kernel, self.prefill, self.model.rotary)
         for slab in self.arena.slabs.values():
             if slab.jobs and (slab.gang is None or self._ready(slab.gang, pack)):
@@ -203,27 +239,15 @@ class Scheduler:
         gang.feed(pack)
         return True
 
-    def _admit(self) -> list[Job]:
-        """Give slots to generations with forced tokens and a computed context.
+    def _start(self) -> list[Job]:
+        """Place generations with tokens to be fed and a computed context.
 
         Returns:
             Those that may start in this step otherwise, or have context to be computed; in order of arrival.
         """
-        for job in [job for job in self.waiting if job.gang is not None and job.gang.jobs()]:
-            self._place(job)  # the others of its gang wait for it
-            self._prefilling.append(job)
-        running = sum(len(slab.jobs) for slab in self.arena.slabs.values())
-        if running and self.cache.full():
-            return []  # those that run will end, and free what they hold
         candidates = []
-        for job in list(self.waiting):
-            if job.gang is None:
-                running += 1
-            elif not job.gang.jobs():
-                running += job.gang.members  # a gang comes in as a whole
-            if running > self.max_batch:
-                break
-            if job.forced and all(state.done >= n for state, n in job.context):
+        for job in sorted(self.admission.entering, key=lambda job: job.number):
+            if job.given and all(state.done >= n for state, n in job.context):
                 self._place(job)
                 self._prefilling.append(job)
             else:
@@ -232,23 +256,28 @@ class Scheduler:
 
     def _place(self, job: Job) -> None:
         self._stable = None
-        self.waiting.pop(job, None)
+        del self.admission.entering[job]
         self.cache.place(job)
 
     def _retire(self, job: Job) -> None:
         """Take a generation out; what it computed stays."""
         self._stable = None
-        self.waiting.pop(job, None)
         if job in self._prefilling:
             self._prefilling.remove(job)
-        self.cache.seal(job)
-        self.cache.unpin(job.context)
+        self.admission.leave(job)
+
+    def _refuse(self, work: Work, error: EngineError) -> None:
+        """End what can never fit into memory."""
+        if isinstance(work, Job):
+            self.outbox += [(work, work.finish(None)), (work, error)]
+            self._retire(work)
+            return
+        self._end_score(work)
+        with suppress(InvalidStateError):  # its reader has been cancelled
+            work.future.set_exception(error)
 
     def _end_score(self, score: Score) -> None:
-        self.scores.remove(score)
-        if score.segment is not None:
-            score.segment.free()
-        self.cache.unpin(score.context)
+        self.admission.leave(score)
 
     def _feed_forced(self, pack: Pack) -> set[Job]:
         """Feed forced tokens; returns the generations that have more of them, and so nothing to sample yet."""
@@ -266,7 +295,7 @@ class Scheduler:
         """Compute missing context; returns those whose first token can be drawn, with the row that predicts it."""
         starts = []
         for job in candidates:
-            if self._feed_context(pack, job.context) and not job.forced:
+            if self._feed_context(pack, job.context) and not job.given:
                 starts.append((job, self._predictor(pack, job)))
         return starts
 
@@ -279,34 +308,29 @@ class Scheduler:
             if state in pack.filled:
                 ready &= state.done + pack.filled[state][0] >= n
                 continue
-            if state.job is not None or pack.budget <= 0 or not ready:
+            if state.growing or pack.budget <= 0 or not ready:
                 ready = False
                 continue
-            # Ids are topological and views closed, so what this node sees came before it here, and is ready.
+            # Contexts are topological and closed, so what this stretch sees came before it here, and is ready.
             take = min(pack.budget, n - state.done)
-            seen = [(other, state.view[other.id]) for other, _ in context if other.id in state.view]
-            pack.add_fill(state, seen, take)
+            pack.add_fill(state, state.context, take)
             ready &= state.done + take >= n
         return ready
 
     def _predictor(self, pack: Pack, work: Job | Score) -> int:
         """The row that predicts the first token of a node with one context parent."""
-        assert work.before is not None
-        parent, index = work.before
-        state = next(state for state, _ in work.context if state.id == parent)
+        assert work.predictor is not None
+        state, index = work.predictor
         return pack.row_of(state, index, work.context)
 
     def _feed_scores(self, pack: Pack) -> list[Wanted]:
         wanted = []
-        for score in [score for score in self.scores if score.future.cancelled()]:
-            self._end_score(score)
         for score in self.scores:
-            if not self._feed_context(pack, score.context) or pack.budget <= 0:
+            if not score.admitted or not self._feed_context(pack, score.context) or pack.budget <= 0:
                 continue
             rows, targets = [], []
             if score.fed == 0:
-                score.segment = Segment(self.memory, len(score.tokens))
-                if score.before is None:
+                if score.predictor is None:
                     score.result.append(0.0)
                 else:
                     rows.append(self._predictor(pack, score))
@@ -340,7 +364,7 @@ class Scheduler:
                 job.fed += n
         for state, (take, _) in pack.filled.items():
             state.computed += take
-        self._prefilling = [job for job in self._prefilling if job.fed < job.forced]
+        self._prefilling = [job for job in self._prefilling if job.fed < job.given]
         self.computed += pack.computed
         self.cache.tokens += pack.computed - pack.scratch
 

@@ -38,10 +38,14 @@ class Worker:
 
     Between two steps the thread takes in what came: so a cancel, a release or a new generation waits for one step at
     most. Results of a step go to each event loop in one call.
+
+    Args:
+        scheduler: to be touched by the thread alone from now on.
+        debug: check the cache's invariants after every step and whenever nothing is left to do.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, debug: bool = False) -> None:
+        self._scheduler, self._debug = scheduler, debug
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._queued = 0
@@ -109,6 +113,22 @@ class Worker:
                 done.set_result(None)
         return done
 
+    def check_integrity(self) -> Future[None]:
+        """Check the cache's invariants between two steps; the future raises what is wrong."""
+        done: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                self._scheduler.check_integrity()
+            except AssertionError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._lock:
+            self._put(act)
+        return done
+
     def post(self, act: Callable[[], None]) -> None:
         """Do something between two steps, in the order of arrival; nothing if the engine is closed."""
         with self._lock, suppress(EngineError):
@@ -123,8 +143,8 @@ class Worker:
     def known(self, graph: ThreadGraph, node: int) -> int:
         """How many tokens of a node are known here; a lower bound, as the thread goes on."""
         run = self._scheduler.runs.get(id(graph)) if id(graph) not in self._leaving else None
-        state = run.nodes.get(node) if run is not None else None
-        return 0 if state is None else len(state.tokens)
+        place = run.nodes.get(node) if run is not None else None
+        return 0 if place is None else place.size
 
     def load(self) -> Load:
         """As of the end of the last step; generations count from the moment they are submitted."""
@@ -135,6 +155,9 @@ class Worker:
             load.cached_bytes,
             load.sampled_tokens,
             load.computed_tokens,
+            load.kept_tokens,
+            load.kept_bytes,
+            load.peak_bytes,
         )
 
     def close(self) -> None:
@@ -173,8 +196,12 @@ class Worker:
         self._drain(block=not busy)
         scheduler = self._scheduler
         if scheduler.step():
+            if self._debug:
+                scheduler.check_integrity()
             return True
         scheduler.arena.trim()
+        if self._debug:
+            scheduler.check_integrity()
         if (scheduler.waiting or scheduler.scores) and not scheduler.stalled:
             raise EngineError("no generation can go on: each waits for another")
         return False
@@ -205,6 +232,7 @@ class Worker:
         scheduler.runs.clear()
         scheduler.waiting.clear()
         scheduler.scores.clear()
+        scheduler.admission.admitted.clear()
         scheduler.arena.slabs.clear()
 
     def _drain(self, block: bool) -> None:
@@ -215,13 +243,16 @@ class Worker:
 
     def _publish(self) -> None:
         scheduler = self._scheduler
-        running = sum(len(slab.jobs) for slab in scheduler.arena.slabs.values())
+        cache = scheduler.cache
         self._load = Load(
-            running + len(scheduler.waiting) + len(scheduler.scores),
-            scheduler.cache.tokens,
-            scheduler.memory.bytes,
+            len(scheduler.jobs()) + len(scheduler.scores),
+            cache.tokens - cache.kept_tokens,
+            scheduler.memory.bytes - cache.kept_bytes,
             scheduler.sampled,
             scheduler.computed,
+            cache.kept_tokens,
+            cache.kept_bytes,
+            scheduler.memory.peak,
         )
 
     def _deliver(self) -> None:
