@@ -64,7 +64,7 @@ class Reads:
         rows, heads, dim = query.shape
         if len(self.reads) == 1 and self.parts == 1:
             whole = self.reads[0].read(layer, query, scoring, rotary).out
-            if len(whole) == rows:
+            if whole.shape[0] == rows:
                 return whole.reshape(query.shape).to(query.dtype)
         if self.outs is None or self.outs.shape[2:] != query.shape[1:]:
             # What no part is put into stays zero, with weight zero, in every layer.
@@ -75,8 +75,9 @@ class Reads:
         for read, place in zip(self.reads, self.places, strict=True):
             out, lse = read.read(layer, query, scoring, rotary)
             if isinstance(place, int):
-                outs.view(-1, heads, dim)[place : place + len(out)].view(out.shape).copy_(out)
-                lses.view(-1, heads)[place : place + len(out)] = lse
+                n = out.shape[0]
+                outs.view(-1, heads, dim)[place : place + n].view(out.shape).copy_(out)
+                lses.view(-1, heads)[place : place + n] = lse
             else:
                 outs.view(-1, heads, dim).index_copy_(0, place, out.reshape(-1, heads, dim).float())
                 lses.view(-1, heads).index_copy_(0, place, lse)
@@ -143,6 +144,19 @@ class Plan:
         if reads is None:
             reads = self._reads[window] = self._read(window, query.device)
         return reads.run(layer, query, Scoring(scale, softcap, self.kernel), self.rotary)
+
+    def advance(self, positions: Tensor) -> None:
+        """Make this plan, which has nothing but tails and shared reads, that of the next step.
+
+        Args:
+            positions: of the rows.
+        """
+        for tail in self.tails:
+            tail.advance()
+        self.positions = positions
+        self.layers_run = 0
+        for window in [window for window in self._reads if window is not None]:
+            del self._reads[window]  # what is in a window depends on the position
 
     def _read(self, window: int | None, device: torch.device) -> Reads:
         reads: list[Read | None] = [*self.tails, *self.chunks, *self.shared]

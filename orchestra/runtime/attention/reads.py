@@ -177,6 +177,7 @@ class Tails:
         index: where the new tokens go in `[slots * key heads * capacity]`, `[slots in use * key heads]`.
         readers: rows that read each slot, int64 `[slots in use, readers]`; None when each is read by its own row only.
         turns: as in `Shared`, `[slots in use, readers]`.
+        room: the mask of the whole capacity, once a step has followed another.
     """
 
     start: int
@@ -188,6 +189,7 @@ class Tails:
     index: Tensor
     readers: Tensor | None = None
     turns: Tensor | None = None
+    room: Tensor | None = None
 
     @classmethod
     def over(
@@ -214,11 +216,23 @@ class Tails:
     @property
     def stop(self) -> int:
         """The row after the last."""
-        return self.start + len(self.used)
+        return self.start + self.used.shape[0]
+
+    def advance(self) -> None:
+        """Go on to the next step: every slot has one token more."""
+        if self.mask is not None and self.room is None:
+            self.room = self.mask.new_full((*self.mask.shape[:3], self.keys.shape[3]), -torch.inf)
+            self.room[..., : self.longest] = self.mask
+        if self.room is not None:
+            self.room.view(self.room.shape[0], -1).scatter_(1, self.used.unsqueeze(1), 0.0)
+            self.mask = self.room[..., : self.longest + 1]
+        self.longest += 1
+        self.used += 1
+        self.index += 1
 
     def read(self, layer: int, query: Tensor, scoring: Scoring, rotary: Rotary | None) -> Attended:
         """See the module; `query` is `[rows of the plan, heads, dim]`. Rows come in the order of `readers`."""
-        slots, key_heads = len(self.used), self.keys.shape[2]
+        slots, key_heads = self.used.shape[0], self.keys.shape[2]
         _, heads, dim = query.shape
         groups = heads // key_heads
         if self.readers is None:

@@ -165,8 +165,13 @@ class Pack:
         fed = next(fed for other, _, fed in self.slots if other is slab)
         return [job.fed + n for job, n in zip(slab.jobs, fed.tolist(), strict=True)]
 
-    def finish(self, shared: list[Shared]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Complete the plan; returns tokens and positions, `[rows]` each."""
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions, `[rows]` each."""
+        tokens, positions = np.concatenate(self._tokens), np.concatenate(self._positions)
+        return torch.from_numpy(tokens).to(self.memory.device), torch.from_numpy(positions).to(self.memory.device)
+
+    def finish(self, positions: torch.Tensor) -> Plan:
+        """Complete the plan."""
         device = self.memory.device
         for slab, start, fed in self.slots:
             used = slab.used[: len(fed)] + fed
@@ -174,12 +179,10 @@ class Pack:
             self.plan.tails.append(
                 Tails.over(start, slab.keys, slab.values, torch.from_numpy(used).to(device), int(used.max()), *readers)
             )
-        self.plan.rows = self.rows
-        self.plan.shared = shared
+        self.plan.rows, self.plan.positions = self.rows, positions
+        self.plan.shared = self.groups()
         self.plan.rotary = self.rotary
-        tokens = torch.from_numpy(np.concatenate(self._tokens)).to(device)
-        self.plan.positions = torch.from_numpy(np.concatenate(self._positions)).to(device)
-        return tokens, self.plan.positions
+        return self.plan
 
     def _chunk(self, rows: range, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
         """Rows that write to, and read, `keys` and `values` `[layers, heads, capacity, dim]` after `used` tokens."""

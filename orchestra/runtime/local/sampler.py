@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -50,6 +51,12 @@ def _mix(words: Words) -> Words:
     return words
 
 
+@lru_cache(maxsize=8)
+def _steps(vocabulary: int) -> Words:
+    with np.errstate(over="ignore"):
+        return np.arange(1, vocabulary + 1, dtype=np.uint64) * _GOLDEN
+
+
 def gumbel(keys: Words, positions: Ints, vocabulary: int) -> Floats:
     """Standard Gumbel noise.
 
@@ -64,7 +71,7 @@ def gumbel(keys: Words, positions: Ints, vocabulary: int) -> Floats:
     noise = np.empty((len(keys), vocabulary), np.float32)
     with np.errstate(over="ignore"):
         states = _states(keys, positions)
-        steps = np.arange(1, vocabulary + 1, dtype=np.uint64) * _GOLDEN
+        steps = _steps(vocabulary)
         block = max(1, _BLOCK // vocabulary)
         for i in range(0, len(keys), block):
             noise[i : i + block] = _gumbel(states[i : i + block, None] + steps)

@@ -17,7 +17,7 @@ from torch import Tensor
 from orchestra.errors import EngineError
 from orchestra.graph import ThreadGraph
 from orchestra.runtime.attention.kernels import Kernel
-from orchestra.runtime.attention.plan import Shared
+from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.engine import Delta
 from orchestra.runtime.local.admission import Admission, Work
 from orchestra.runtime.local.cache import Cache
@@ -43,7 +43,7 @@ class Stable(NamedTuple):
 
     jobs: list[Job]
     batch: Batch
-    shared: list[Shared]
+    plan: Plan
 
 
 class Scheduler:
@@ -205,17 +205,19 @@ class Scheduler:
             return False
         plain = not (self._prefilling or starts or wanted or pack.filled or self.gangs)
         stable = self._stable if plain else None
+        tokens, positions = pack.inputs()
         if stable is None:
-            stable = self._stabilise(pack, silent, [job for job, _ in starts])
+            stable = self._stabilise(pack, silent, [job for job, _ in starts], positions)
+        else:
+            stable.plan.advance(positions)
         self._stable = stable if plain else None
-        tokens, positions = pack.finish(stable.shared)
         keep = None
         if not plain:
             rows = [first + job.slot for slab, first, _ in pack.slots for job in slab.jobs if job not in silent]
             rows += [row for _, row in starts]
             rows += [row for want in wanted for row in want.rows]
             keep, index = np.unique(np.array(rows, np.int64), return_inverse=True)
-        logits = self.model.forward(tokens, positions, keep, pack.plan)
+        logits = self.model.forward(tokens, positions, keep, stable.plan)
         self._commit(pack)
         if keep is not None:
             logits = logits[torch.from_numpy(index)]
@@ -342,7 +344,7 @@ class Scheduler:
             score.fed += len(fed)
         return wanted
 
-    def _stabilise(self, pack: Pack, silent: set[Job], starts: list[Job]) -> Stable:
+    def _stabilise(self, pack: Pack, silent: set[Job], starts: list[Job], positions: Tensor) -> Stable:
         jobs = []
         for slab, first, _ in pack.slots:
             for slot, job in enumerate(slab.jobs):
@@ -354,7 +356,7 @@ class Scheduler:
                 slab.gang.read(pack, first)
         jobs += starts
         batch = Batch([job.sampling for job in jobs], [job.key for job in jobs], [job.steering for job in jobs])
-        return Stable(jobs, batch, pack.groups())
+        return Stable(jobs, batch, pack.finish(positions))
 
     def _commit(self, pack: Pack) -> None:
         """Count what was computed, now that it is there."""

@@ -287,7 +287,10 @@ class Arena:
         """Generations whose slot is full."""
         found = []
         for slab in self.slabs.values():
-            slots = np.flatnonzero(slab.used[: len(slab.jobs)] >= slab.capacity)
+            used = slab.used[: len(slab.jobs)]
+            if not len(used) or int(used.max()) < slab.capacity:
+                continue
+            slots = np.flatnonzero(used >= slab.capacity)
             found += [slab.jobs[slot] for slot in slots.tolist()]
         return found
 
