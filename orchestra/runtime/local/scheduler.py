@@ -21,21 +21,13 @@ from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.engine import Delta
 from orchestra.runtime.local.admission import Admission, Work
 from orchestra.runtime.local.cache import Cache
+from orchestra.runtime.local.feeding import Wanted, feed_context, feed_forced, feed_scores, feed_starts
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.integrity import check_integrity
 from orchestra.runtime.local.jobs import Job, Score
 from orchestra.runtime.local.model import LoadedModel
-from orchestra.runtime.local.nodes import Context
 from orchestra.runtime.local.pack import Pack
 from orchestra.runtime.local.sampler import Batch, log_probabilities
-
-
-class Wanted(NamedTuple):
-    """Rows of a step whose logits somebody waits for, and the tokens whose log-probabilities they give."""
-
-    score: Score
-    rows: list[int]
-    targets: list[int]
 
 
 class Stable(NamedTuple):
@@ -198,9 +190,9 @@ class Scheduler:
         for slab in self.arena.slabs.values():
             if slab.jobs and (slab.gang is None or self._ready(slab.gang, pack)):
                 pack.add_slab(slab)
-        silent = self._feed_forced(pack)
-        starts = self._feed_starts(pack, candidates)
-        wanted = self._feed_scores(pack)
+        silent = feed_forced(pack, self._prefilling)
+        starts = feed_starts(pack, candidates)
+        wanted = feed_scores(pack, self.scores)
         if not pack.rows:
             return False
         plain = not (self._prefilling or starts or wanted or pack.filled or self.gangs)
@@ -236,7 +228,7 @@ class Scheduler:
                 self._retire(job)
             return False
         gang.settle()
-        if not self._feed_context(pack, gang.unsettled()):
+        if not feed_context(pack, gang.unsettled()):
             return False
         gang.feed(pack)
         return True
@@ -280,69 +272,6 @@ class Scheduler:
 
     def _end_score(self, score: Score) -> None:
         self.admission.leave(score)
-
-    def _feed_forced(self, pack: Pack) -> set[Job]:
-        """Feed forced tokens; returns the generations that have more of them, and so nothing to sample yet."""
-        fed = {slab: counts for slab, _, counts in pack.slots}
-        silent = set()
-        for job in self._prefilling:
-            assert job.slab is not None
-            if job.slab not in fed:
-                continue  # of a gang that stands still
-            if not pack.add_forced(job, fed[job.slab]):
-                silent.add(job)
-        return silent
-
-    def _feed_starts(self, pack: Pack, candidates: list[Job]) -> list[tuple[Job, int]]:
-        """Compute missing context; returns those whose first token can be drawn, with the row that predicts it."""
-        starts = []
-        for job in candidates:
-            if self._feed_context(pack, job.context) and not job.given:
-                starts.append((job, self._predictor(pack, job)))
-        return starts
-
-    def _feed_context(self, pack: Pack, context: Context) -> bool:
-        """Fill nodes, ancestors first, as far as the budget goes; returns whether all are ready within this step."""
-        ready = True
-        for state, n in context:
-            if state.done >= n:
-                continue
-            if state in pack.filled:
-                ready &= state.done + pack.filled[state][0] >= n
-                continue
-            if state.growing or pack.budget <= 0 or not ready:
-                ready = False
-                continue
-            # Contexts are topological and closed, so what this stretch sees came before it here, and is ready.
-            take = min(pack.budget, n - state.done)
-            pack.add_fill(state, state.context, take)
-            ready &= state.done + take >= n
-        return ready
-
-    def _predictor(self, pack: Pack, work: Job | Score) -> int:
-        """The row that predicts the first token of a node with one context parent."""
-        assert work.predictor is not None
-        state, index = work.predictor
-        return pack.row_of(state, index, work.context)
-
-    def _feed_scores(self, pack: Pack) -> list[Wanted]:
-        wanted = []
-        for score in self.scores:
-            if not score.admitted or not self._feed_context(pack, score.context) or pack.budget <= 0:
-                continue
-            rows, targets = [], []
-            if score.fed == 0:
-                if score.predictor is None:
-                    score.result.append(0.0)
-                else:
-                    rows.append(self._predictor(pack, score))
-                    targets.append(score.tokens[0])
-            fed = pack.add_score(score)
-            following = score.tokens[score.fed + 1 : score.fed + len(fed) + 1]
-            rows += fed[: len(following)]
-            wanted.append(Wanted(score, rows, targets + following))
-            score.fed += len(fed)
-        return wanted
 
     def _stabilise(self, pack: Pack, silent: set[Job], starts: list[Job], positions: Tensor) -> Stable:
         jobs = []
