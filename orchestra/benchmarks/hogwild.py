@@ -51,10 +51,9 @@ async def _measure(
 ) -> list[tuple[float, int]]:
     """The fastest `(seconds, sampled tokens)` of each, by rate."""
     import orchestra
-    from orchestra.runtime.local.engine import LocalEngine
 
     best = [(1.0, 0)] * len(specs)
-    async with orchestra.connect(LocalEngine(model, dtype=dtype)) as engine:
+    async with orchestra.connect(f"local:{model}?dtype={dtype}") as engine:
         for turn in range(repeats + 1):
             for i, spec in enumerate(specs):
                 text = f"{turn} {i} ".ljust(prompt, "x")  # no prompt twice: none may be found in a cache
