@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestra.runtime.attention import cuda
-from orchestra.runtime.attention.cost import COPY_BYTES, in_place
+from orchestra.runtime.attention.cost import COPY_BYTES, MERGE_TOKENS, in_place
 from orchestra.runtime.attention.kernels import KERNELS, attend
 from orchestra.runtime.attention.plan import Chunk, Plan, Shared, Tails
 from orchestra.testing import ATTENTION_TOLERANCE, check_losslessness
@@ -205,8 +205,9 @@ def test_more_tokens_readers_or_bytes_never_speak_against_reading_in_place(token
     assert in_place(tokens, readers, token_bytes, 0)
 
 
-def test_copies_of_a_segment_never_take_more_than_the_limit_together():
+def test_copies_of_a_segment_take_little_more_than_the_limit_together():
     for readers, token_bytes in ((1, 256), (3, 1024), (128, 8192)):
         longest = max((n for n in range(20_000) if not in_place(n, readers, token_bytes)), default=0)
-        assert longest * readers * token_bytes <= COPY_BYTES < (longest + 1) * readers * token_bytes
+        beyond = longest - MERGE_TOKENS
+        assert beyond * readers * token_bytes <= COPY_BYTES < (beyond + 1) * readers * token_bytes
     assert in_place(4096, 64, 8192)
