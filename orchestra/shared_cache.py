@@ -92,6 +92,7 @@ class SharedCache:
         self._open: list[list[Edge]] = [[] for _ in range(workers + 1)]  # what each has written and is not history
         self._writing: dict[int, int] = {}
         self._last: dict[int, Node] = {}
+        self._read: dict[int, int] = {}  # how many tokens of an ended step the others read
         self._gang: Gang | None = None
 
     async def __aenter__(self) -> Self:
@@ -123,7 +124,7 @@ class SharedCache:
     @property
     def ids(self) -> list[int]:
         """The token ids of `text`."""
-        return [token for step in self.steps for token in step.node.tokens]
+        return [token for step in self.steps for token in step.node.tokens[: self._read[step.node.id]]]
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -145,7 +146,7 @@ class SharedCache:
     async def write(self, worker: int, text: str = "", **sampling: Any) -> Step:
         """A worker's next step: `text`, and what the model writes after it.
 
-        When all have left, one more step can be written, by a worker of any number.
+        When all have left one more step can be written, as that of a worker with the next number.
 
         Args:
             worker: whose; the same worker's steps come one after another.
@@ -184,6 +185,7 @@ class SharedCache:
         if last is None or len(last) < 2 or not last.tokens or not self._open[worker]:
             raise UsageError("a worker's first step begins with a text: nothing predicts its first token")
         self._open[worker][-1] = Edge(last.id, len(last) - 1)
+        self._read[last.id] = len(last) - 1
         return [Span("forced", last.tokens[-1:], 1)]
 
     def _close(self, worker: int) -> None:
@@ -203,6 +205,7 @@ class SharedCache:
             node.finish_reason = "cancelled"
             return step
         self._open[worker].append(Edge(node.id, done.length))
+        self._read[node.id] = done.length
         self._last[worker] = node
         self.steps.append(step)
         return step

@@ -232,18 +232,23 @@ def test_a_program_of_ones_own_writes_side_by_side(tiny, plain):
             async def sing(worker):
                 for i in range(rounds):
                     await cache.write(worker, f" {worker}.{i}:", max_tokens=5 + worker)
+                await cache.write(worker, max_tokens=2)
                 cache.leave(worker)
 
             async with asyncio.TaskGroup() as group:
                 group.create_task(sing(0))
                 group.create_task(sing(1))
+            said = await thread.decode(cache.ids)
+            # What goes on begins with the token before it, which stands there once.
+            assert len(cache.ids) == 4 * len(await cache.encode(" 0.0:")) + 2 * (5 + 6 + 2)
+            assert said.startswith(" 0.0:")
             return thread.append(cache.text, ids=cache.ids)
 
     async def main():
         async with opened(tiny) as engine, orchestra.connect(engine) as connection:
             outcome = await connection.run(duet(), "the answer is", temperature=1.0, ignore_eos=True)
             check_concurrent_parity(outcome.graph, plain)
-            assert outcome.usage.sampled_tokens == 2 * 5 + 2 * 6
+            assert outcome.usage.sampled_tokens == 2 * 5 + 2 * 6 + 2 * 2
             return outcome
 
     assert " 1.1:" in asyncio.run(main()).text
