@@ -264,3 +264,10 @@ def test_without_sglang_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         open_engine("sglang:m")
     with pytest.raises(MissingExtraError, match="sglang"):
         SGLangServer("m")
+
+
+def test_what_the_in_process_engine_can_is_told():
+    from orchestra.runtime.local.engine import LocalEngine
+
+    told = {form.url.partition(":")[0]: set(form.can.split(", ")) for form in ENGINES}
+    assert told["demo"] == told["local"] == {str(capability) for capability in LocalEngine.capabilities}

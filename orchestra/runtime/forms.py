@@ -32,13 +32,14 @@ _PROCESS = {
     "memory": "most bytes of keys and values; generations wait, or give way, before there are more",
     "prefix_cache": "bytes of keys and values that ended runs may leave for prompts that begin like theirs (0)",
     "kernel": "auto, or reference (slow, the oracle)",
+    "forward": "auto, or transformers (the model's own, where a faster one is known to give the same)",
     "dtype": "float32, bfloat16 or float16",
     "device": "cpu, cuda, cuda:1, ...",
 }
 _WITH_KEY = "a file with the API key; else it is taken from the environment:"
 _TOKENS = "continue, cut, logprobs, score"
 _STEER = "penalties, logit_bias, grammar"
-_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join"
+_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join, concurrent_cache"
 ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "demo",
