@@ -91,8 +91,6 @@ class SharedCache:
         self._history: list[Edge] = []
         self._open: list[list[Edge]] = [[] for _ in range(workers + 1)]  # what each has written and is not history
         self._writing: dict[int, int] = {}
-        self._last: dict[int, Node] = {}
-        self._read: dict[int, int] = {}  # how many tokens of an ended step the others read
         self._gang: Gang | None = None
 
     async def __aenter__(self) -> Self:
@@ -124,7 +122,8 @@ class SharedCache:
     @property
     def ids(self) -> list[int]:
         """The token ids of `text`."""
-        return [token for step in self.steps for token in step.node.tokens[: self._read[step.node.id]]]
+        read = dict([*self._history, *(edge for edges in self._open for edge in edges)])
+        return [token for step in self.steps for token in step.node.tokens[: read[step.node.id]]]
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -181,11 +180,10 @@ class SharedCache:
 
     def _take_back(self, worker: int) -> list[Span]:
         """The last token of a worker, which nobody has read yet: what follows it is predicted by it."""
-        last = self._last.get(worker)
-        if last is None or len(last) < 2 or not last.tokens or not self._open[worker]:
+        last = self._run.graph.nodes[self._open[worker][-1].parent] if self._open[worker] else None
+        if last is None or len(last) < 2 or not last.tokens:
             raise UsageError("a worker's first step begins with a text: nothing predicts its first token")
         self._open[worker][-1] = Edge(last.id, len(last) - 1)
-        self._read[last.id] = len(last) - 1
         return [Span("forced", last.tokens[-1:], 1)]
 
     def _close(self, worker: int) -> None:
@@ -205,8 +203,6 @@ class SharedCache:
             node.finish_reason = "cancelled"
             return step
         self._open[worker].append(Edge(node.id, done.length))
-        self._read[node.id] = done.length
-        self._last[worker] = node
         self.steps.append(step)
         return step
 
