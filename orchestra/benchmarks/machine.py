@@ -65,8 +65,8 @@ def times(calls: Sequence[Callable[[], object]], device: torch.device, *, second
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
-        before: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        after: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        before: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        after: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         before.record()
         call()
         after.record()

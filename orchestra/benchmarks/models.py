@@ -76,7 +76,7 @@ def token_bytes(folder: str, dtype: str) -> int:
 def _build(folder: Path, shape: dict[str, Any], dtype: str) -> None:
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-untyped]  # it has no stubs
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)

@@ -5,15 +5,15 @@ seven products where four would do. The lean forward reads the weights of the un
 anew and viewed by both, so that nothing is held twice: queries, keys and values are one matrix, gate and up another,
 input dimension first, which the CPU multiplies by few rows up to twice as fast.
 
-A decoder is recognised by its parts. What its layers ask of attention is heard in a forward of the module, with which
-the lean one is then compared. Where a part is unknown or the logits differ, the module's own forward is used.
+A decoder is recognised by its parts. What its layers ask of attention was heard (`listen`); then the lean forward is
+compared with the module's own. Where a part is unknown or the logits differ, the module's own forward is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestra.runtime.attention.plan import Chunk, Plan, Write
+from orchestra.runtime.local.listen import Heard, Terms
 
 if TYPE_CHECKING:
     from orchestra.runtime.local.model import LoadedModel
@@ -34,14 +35,6 @@ HALF_TOLERANCE = 0.05
 
 class UnknownPartError(Exception):
     """The lean forward does not know a part of the module."""
-
-
-class Asked(NamedTuple):
-    """What a layer asks of attention besides its tensors; see `Plan.run`."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +185,13 @@ class Lean:
 
     Args:
         module: the causal model. Its weights are laid out anew.
-        asked: what each layer asks of attention.
+        terms: how each layer wants its scores made.
 
     Raises:
         UnknownPartError: the module has parts that are not known here.
     """
 
-    def __init__(self, module: Any, asked: list[Asked]) -> None:
+    def __init__(self, module: Any, terms: Sequence[Terms]) -> None:
         try:
             _only(module, "model lm_head")
             decoder = module.model
@@ -219,7 +212,7 @@ class Lean:
             raise UnknownPartError(str(error)) from error
         # A half turns one way, the other the other: sin(-a) = -sin(a), and cos(-a) = cos(a).
         self._frequencies = torch.cat([-frequencies, frequencies])
-        self._asked = asked
+        self._terms = terms
 
     def __call__(self, tokens: Tensor, positions: Tensor, keep: npt.NDArray[np.int64] | None, plan: Plan) -> Tensor:
         """Logits `[rows kept, vocabulary]` of a packed step; see `LoadedModel.forward`."""
@@ -233,9 +226,9 @@ class Lean:
         if x.dtype != torch.float32:
             cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         last = len(self._layers) - 1
-        for i, (layer, asked) in enumerate(zip(self._layers, self._asked, strict=True)):
+        for i, (layer, terms) in enumerate(zip(self._layers, self._terms, strict=True)):
             query, key, value = layer.project(x, cos, sin)
-            out = plan.run(i, query, key, value, asked.scale, window=asked.window, softcap=asked.softcap).flatten(1)
+            out = plan.run(i, query, key, value, terms.scale, window=terms.window, softcap=terms.softcap).flatten(1)
             if i == last and keep is not None:  # nobody reads the other rows any more
                 kept = torch.from_numpy(keep).to(x.device)
                 x, out = x[kept], out[kept]
@@ -252,48 +245,30 @@ def _only(module: Any, needed: str, optional: str = "") -> None:
         raise UnknownPartError(f"{type(module).__name__} of {', '.join(sorted(parts))}")
 
 
-class _Hearing(Plan):
-    """A plan that notes what it is asked for."""
+def lean_forward(model: LoadedModel, heard: Heard) -> Lean | None:
+    """The lean forward of a model; None where it does not know a part of it, or gives other logits.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.asked: list[Asked] = []
-
-    def run(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        *,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        self.asked.append(Asked(scale, window, softcap))
-        return Plan.run(self, layer, query, key, value, scale, window=window, softcap=softcap)
-
-
-def lean_forward(model: LoadedModel) -> Lean | None:
-    """The lean forward of a model; None where it does not know a part of it, or gives other logits."""
+    Args:
+        model: loaded.
+        heard: what its layers ask of attention.
+    """
     memory, rows = model.memory, 16
     device = memory.device
     tokens = torch.arange(rows, device=device) * (model.module.config.get_text_config().vocab_size // rows)
     positions = torch.arange(rows, device=device) * (model.context // rows)
     keep = np.arange(1, rows, 2)
 
-    def run(forward: Forward, kind: type[Plan]) -> tuple[Tensor, Plan]:
+    def run(forward: Forward) -> Tensor:
         keys, values = torch.empty(2, memory.layers, memory.heads, rows, memory.dim, dtype=memory.dtype, device=device)
-        plan = kind(rows, chunks=[Chunk.over(0, rows, keys, values)], writes=[Write(0, rows, keys, values)])
+        plan = Plan(rows, chunks=[Chunk.over(0, rows, keys, values)], writes=[Write(0, rows, keys, values)])
         plan.positions = positions
         with torch.inference_mode():
-            return forward(tokens, positions, keep, plan).float(), plan
+            return forward(tokens, positions, keep, plan).float()
 
-    theirs, plan = run(model.forward, _Hearing)
-    assert isinstance(plan, _Hearing)
+    theirs = run(model.forward)
     try:
-        lean = Lean(model.module, plan.asked)
-        ours, _ = run(lean, Plan)
+        lean = Lean(model.module, [asked.terms for asked in heard.layers])
+        ours = run(lean)
     except (UnknownPartError, RuntimeError, TypeError, AttributeError, ValueError):
         return None
     if memory.dtype == torch.float32:

@@ -22,12 +22,21 @@ SAME = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest relative difference, in length, of vectors that are the same but for rounding."""
 
 
+class Terms(NamedTuple):
+    """How a layer wants its scores made; see `Plan.run`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 class Asked(NamedTuple):
-    """Of one layer: `[2, tokens, heads, dim]`, the tokens at one position and then further on."""
+    """Of one layer: `[2, tokens, heads, dim]`, the tokens at one position and then further on; and its terms."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    terms: Terms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +57,11 @@ class _Alone(Plan):
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows)
-        self.asked: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.asked: dict[int, Asked] = {}
 
     def run(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor:
-        self.asked[layer] = query, key, value
+        terms = Terms(scale, options.get("window"), options.get("softcap"))
+        self.asked[layer] = Asked(query, key, value, terms)
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
@@ -85,7 +95,9 @@ def listen(module: Any) -> Heard:
         raise EngineError(f"attention ran in {len(alone.asked)} of {config.num_hidden_layers} layers")
     layers: list[Asked] = []
     for layer in range(config.num_hidden_layers):
-        asked = Asked(*(torch.stack((x[:n], x[n:].flip(0))) for x in alone.asked[layer]))
+        told = alone.asked[layer]
+        query, key, value = (torch.stack((x[:n], x[n:].flip(0))) for x in (told.query, told.key, told.value))
+        asked = Asked(query, key, value, told.terms)
         if asked.key.shape != asked.value.shape:
             raise EngineError("its keys and values differ in size")
         if layers and asked.key.shape != layers[0].key.shape:

@@ -134,7 +134,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
         raise UsageError(f"the in-process engine cannot run {kind}: {line[:300]}") from error
     model.rotary = find_rotary(module, heard)
     if forward == "auto":
-        model.lean = lean_forward(model)
+        model.lean = lean_forward(model, heard)
     return model
 
 
