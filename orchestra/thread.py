@@ -256,8 +256,11 @@ class Thread:
         edges = await self._stem.edges()
         before = await encode(self._run, edges, self._tail, self._alias)
         given = await encode(self._run, edges, (text,), self._alias)
+        engine, streams = self._run.engine_for(self._alias), self.sampling().streams
+        self._run.check_settings(engine, Sampling(streams=streams))
         node = self._run.settle(edges, before + given, self.path, self._alias)
-        engine = self._run.engine_for(self._alias)
+        if streams is not None:
+            node.notes["streams"] = streams
         with self._run.waiting_for(engine):
             scores = await engine.score(self._run.graph, node)
         return scores[sum(span.count for span in before) :]

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import astuple
 from functools import partial
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from orchestra.errors import CapabilityError, EngineError, OrchestraError, Promp
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Sampling, Stream
+from orchestra.runtime.engine import Capability, Delta, Engine, Gang, Load, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
@@ -26,7 +27,9 @@ from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, loa
 from orchestra.runtime.local.nodes import Snapshot, snapshot
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
+from orchestra.runtime.local.sources import Source
 from orchestra.runtime.local.steering import Steering
+from orchestra.runtime.local.streams import NO_GANG, Variants, fingerprint, variants
 from orchestra.runtime.local.worker import Worker
 from orchestra.runtime.sampling import check
 
@@ -50,6 +53,8 @@ class LocalEngine(Engine):
             Runs that are there at the same time share in any case.
         copy_bytes: see `attention.cost.COPY_BYTES`; 0 reads every context segment in place.
         adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
+        streams: folders of ParScale checkpoints whose streams were made for this model: further values of
+            `Sampling.streams`. Each number of streams has keys and values, and so limits, of its own.
         debug: check the cache's invariants after every step; a broken one is an error of all that runs.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
@@ -70,6 +75,7 @@ class LocalEngine(Engine):
         prefix_cache: int = 0,
         copy_bytes: int = COPY_BYTES,
         adapter: str | None = None,
+        streams: Sequence[str] = (),
         debug: bool = False,
         hint: str = "",
     ) -> None:
@@ -89,9 +95,10 @@ class LocalEngine(Engine):
         self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes, prefix_cache)
         self._debug = debug
         self._lock = threading.Lock()
-        self._model: LoadedModel | None = None
+        self._streams = tuple(streams)
+        self._variants: Variants | None = None
         self._prompts: Prompts | None = None
-        self._worker: Worker | None = None
+        self._workers: dict[int, Worker] = {}  # by number of streams, made for the first that asks
         self._endings: dict[tuple[str, ...], Endings] = {}
         self._grammars: Grammars | None = None  # made for the first generation that has one
         self._closed = False
@@ -102,20 +109,28 @@ class LocalEngine(Engine):
         Raises:
             UsageError: there is no such model, or the engine cannot run it; one line that says why.
         """
-        if self._worker is None:
+        if not self._workers:
             await asyncio.to_thread(self._open)
         return self
 
-    def _open(self) -> tuple[LoadedModel, Prompts, Worker]:
+    def _open(self, streams: int | None = None) -> tuple[LoadedModel, Prompts, Worker]:
         with self._lock:
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
-            if self._model is None or self._prompts is None or self._worker is None:
+            if self._variants is None or self._prompts is None:
                 model = load_model(self.source, self.dtype, self.device, self.adapter, self.forward)
-                self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
+                place = Source.of(self.source, self.adapter)
+                self._variants = variants(model, place, self._streams)  # compared now: nothing runs on the model yet
+                self._prompts = Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
-                self._worker = Worker(Scheduler(model, *self._scheduling), self._debug)
-            return self._model, self._prompts, self._worker
+            models, own = self._variants
+            count = own if streams is None else streams
+            if count not in models:
+                has = ", ".join(map(str, sorted(models)))
+                raise UsageError(f"{self.name} has no {count} streams (it has {has}); ?streams=DIR adds a checkpoint's")
+            if count not in self._workers:
+                self._workers[count] = Worker(Scheduler(models[count], *self._scheduling), self._debug)
+            return models[count], self._prompts, self._workers[count]
 
     async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
         """See `Engine.encode_prompt`."""
@@ -135,21 +150,25 @@ class LocalEngine(Engine):
     @property
     def eos_ids(self) -> frozenset[int]:
         """See `Engine.eos_ids`; known once the engine is open."""
-        return frozenset() if self._model is None else self._model.eos
+        return frozenset() if self._variants is None else self._variants.models[1].eos
 
     def generate(self, request: Request) -> Stream:
         """See `Engine.generate`."""
-        job: Job | None = None
+        started: tuple[Worker, Job] | None = None
 
         def cancel() -> None:
-            if job is not None and self._worker is not None:
-                self._worker.cancel(job)
+            if started is not None:
+                worker, job = started
+                worker.cancel(job)
 
         stream = Stream(cancel, request.chunk)
         try:
-            model, prompts, worker = self._open()
+            model, prompts, worker = self._open(request.sampling.streams)
             job = self._job(request, stream, model, prompts, worker)
+            if model.streams is not None:
+                stream.push(Delta(notes={"streams": model.streams.streams}))
             worker.submit(job)
+            started = worker, job
         except OrchestraError as error:
             stream.fail(error)
         return stream
@@ -158,6 +177,8 @@ class LocalEngine(Engine):
         graph, node, sampling = request.graph, request.node, request.sampling
         if (wrong := check(sampling)) is not None:
             raise UsageError(wrong)
+        if request.gang is not None and model.streams is not None:
+            raise CapabilityError(f"{self.name}: {NO_GANG}")
         view, snapshots, before = _look(worker, graph, node)
         forced = snapshots[-1].tokens
         if before is None and not forced:
@@ -202,6 +223,8 @@ class LocalEngine(Engine):
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
         """See `Engine.gang`."""
         model, _, worker = self._open()
+        if model.streams is not None:
+            raise CapabilityError(f"{self.name}: {NO_GANG}")
         if model.rotary is None or model.memory.windows:
             what = "sliding windows" if model.memory.windows else "positions that are no plain rotation"
             raise CapabilityError(f"{self.name} has no concurrent cache: the model has {what}")
@@ -212,7 +235,7 @@ class LocalEngine(Engine):
 
     def _steering(self, sampling: Sampling, model: LoadedModel, prompts: Prompts) -> Steering | None:
         """What changes a generation's logits; None if nothing does."""
-        if not sampling.needs:
+        if not sampling.steers:
             return None
         vocabulary: int = model.module.config.get_text_config().vocab_size
         if wrong := [token for token, _ in sampling.logit_bias if not 0 <= token < vocabulary]:
@@ -224,7 +247,7 @@ class LocalEngine(Engine):
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """See `Engine.score`. The first token of a root, or of a reuse join, is predicted by nothing: 0."""
         await self.open()
-        model, _, worker = self._open()
+        model, _, worker = self._open(node.notes.get("streams"))
         view, snapshots, before = _look(worker, graph, node, whole=True)
         tokens = list(node.tokens)
         if not tokens:
@@ -237,12 +260,13 @@ class LocalEngine(Engine):
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""
-        if self._worker is not None:
-            await asyncio.wrap_future(self._worker.release(graph))
+        for leaving in [worker.release(graph) for worker in list(self._workers.values())]:
+            await asyncio.wrap_future(leaving)
 
     def load(self) -> Load:
-        """See `Engine.load`."""
-        return Load() if self._worker is None else self._worker.load()
+        """See `Engine.load`; of all numbers of streams together."""
+        loads = [astuple(worker.load()) for worker in list(self._workers.values())]
+        return Load(*map(sum, zip(*loads, strict=True)))
 
     async def check_integrity(self) -> None:
         """Check the cache's invariants now.
@@ -251,18 +275,22 @@ class LocalEngine(Engine):
             AssertionError: what is wrong.
         """
         await self.open()
-        await asyncio.wrap_future(self._open()[2].check_integrity())
+        for worker in list(self._workers.values()):
+            await asyncio.wrap_future(worker.check_integrity())
 
     def facts(self) -> dict[str, Any]:
         """See `Engine.facts`; loads the model if need be."""
         model, _, _ = self._open()
         config = model.module.config
+        assert self._variants is not None  # open
+        models, own = self._variants
+        streams = {"streams": own, "streams_known": sorted(models)} if len(models) > 1 else {}
         return {
             "engine": "local",
             "model": self.name.removeprefix("local:"),
             "architecture": config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-            "fingerprint": model.fingerprint(),
+            "fingerprint": fingerprint(models),
             "context_length": model.context,
             "dtype": self.dtype,
             "device": self.device,
@@ -270,6 +298,7 @@ class LocalEngine(Engine):
             "forward": "transformers" if model.lean is None else "lean",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **streams,
         }
 
     def plain_model(self) -> Any:
@@ -280,10 +309,9 @@ class LocalEngine(Engine):
         """See `Engine.close`; generations in flight end as cancelled."""
         with self._lock:
             self._closed = True
-            worker = self._worker
-        if worker is not None:
+        for worker in self._workers.values():
             await asyncio.to_thread(worker.close)
-        self._model = self._prompts = None
+        self._variants = self._prompts = None
 
 
 def _look(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestra.runtime.attention.plan import Chunk, Plan, Write
+from orchestra.runtime.local.interface import Mix
 from orchestra.runtime.local.listen import Heard, Terms
 
 if TYPE_CHECKING:
@@ -214,7 +215,14 @@ class Lean:
         self._frequencies = torch.cat([-frequencies, frequencies])
         self._terms = terms
 
-    def __call__(self, tokens: Tensor, positions: Tensor, keep: npt.NDArray[np.int64] | None, plan: Plan) -> Tensor:
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        keep: npt.NDArray[np.int64] | None,
+        plan: Plan,
+        mix: Mix | None = None,
+    ) -> Tensor:
         """Logits `[rows kept, vocabulary]` of a packed step; see `LoadedModel.forward`."""
         x = torch.embedding(self._embedding, tokens)
         if self._embedding_scale is not None:
@@ -235,7 +243,8 @@ class Lean:
             layer.output.add_to(x, out)
             gate, up = torch.split_with_sizes(layer.gate_up(layer.before_mlp(x)), layer.halves, 1)
             layer.down.add_to(x, layer.activation(gate).mul_(up))
-        return self._head(self._norm(x))
+        x = self._norm(x)
+        return self._head(x if mix is None else mix(x))
 
 
 def _only(module: Any, needed: str, optional: str = "") -> None:

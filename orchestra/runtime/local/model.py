@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import transformers
 from torch import Tensor
 
 from orchestra.errors import EngineError, UsageError
+from orchestra.parscale.layout import backbone_config, is_parscale, read_config
+from orchestra.parscale.streams import StreamSet
 from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.local.adapters import merge_adapter
 from orchestra.runtime.local.interface import ATTENTION, running
@@ -23,6 +26,7 @@ from orchestra.runtime.local.probe import probe
 from orchestra.runtime.local.refusal import refusal
 from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
+from orchestra.runtime.local.streams import mixed, spread
 from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder, read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +49,7 @@ class LoadedModel:
         memory: the shape of its keys and values.
         rotary: how it rotates queries and keys; None if not as `Rotary` can follow (then it cannot play Hogwild).
         lean: its forward in fewer calls; None to use the module's own.
+        streams: what it is run with P streams by (`streams`); None for the model as it is.
     """
 
     module: Any
@@ -55,6 +60,7 @@ class LoadedModel:
     memory: Memory
     rotary: Rotary | None = None
     lean: Lean | None = None
+    streams: StreamSet | None = None
 
     def fingerprint(self) -> str:
         """Tells models apart, wherever they lie: a hash of every parameter's name, shape and some of its values."""
@@ -76,10 +82,14 @@ class LoadedModel:
         Returns:
             Logits `[len(keep), vocabulary]`.
         """
+        mix = None
+        if self.streams is not None:
+            tokens, positions, keep = spread(self.streams.streams, tokens, positions, keep)
+            mix = partial(mixed, self.streams)
         if self.lean is not None:
-            return self.lean(tokens, positions, keep, plan)
+            return self.lean(tokens, positions, keep, plan, mix)
         plan.layers_run = 0
-        with running(plan):
+        with running(plan, mix):
             logits: Tensor = self.module(
                 input_ids=tokens.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -113,8 +123,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
     place = Source.of(source, adapter)
-    local = local_folder(place.model)
-    config = read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
+    config = _config(place)
     kind = f"{source} ({config.model_type})"
     if (reason := refusal(config)) is not None:
         raise UsageError(f"the in-process engine cannot run {kind}: it has {reason}")
@@ -146,10 +155,16 @@ def load_plain(source: str, dtype: str = "float32", attention: str = "", adapter
     """
     place = Source.of(source, adapter)
     if not attention:
-        local = local_folder(place.model)
-        config = read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
-        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+        attention = "eager" if getattr(_config(place).get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place)))
+
+
+def _config(place: Source) -> Any:
+    """The configuration of a model; of one with streams, that of the model under them."""
+    local = local_folder(place.model)
+    if is_parscale(read_config(place.model)):
+        return backbone_config(place.model)
+    return read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
 
 
 def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any = None) -> Any:
