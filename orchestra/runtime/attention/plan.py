@@ -143,20 +143,15 @@ class Plan:
             Like `query`.
         """
         self.layers_run += 1
+        shape = query.shape
         if self.streams > 1:
-            whole = query.shape
-            folded = (x.reshape(self.rows, -1, x.shape[2]) for x in (query, key, value))
-            return self._attend(layer, *folded, Scoring(scale, softcap, self.kernel), window).view(whole)
-        return self._attend(layer, query, key, value, Scoring(scale, softcap, self.kernel), window)
-
-    def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, window: int | None
-    ) -> Tensor:
+            query, key, value = (x.reshape(self.rows, -1, x.shape[2]) for x in (query, key, value))
         self._write(layer, key, value)
         reads = self._reads.get(window)
         if reads is None:
             reads = self._reads[window] = self._read(window, query.device)
-        return reads.run(layer, query, scoring, self.rotary)
+        out = reads.run(layer, query, Scoring(scale, softcap, self.kernel), self.rotary)
+        return out.view(shape) if self.streams > 1 else out
 
     def advance(self, positions: Tensor) -> None:
         """Make this plan, which has nothing but tails and shared reads, that of the next step.

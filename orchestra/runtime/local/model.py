@@ -26,8 +26,8 @@ from orchestra.runtime.local.probe import probe
 from orchestra.runtime.local.refusal import refusal
 from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
-from orchestra.runtime.local.streams import mixed, spread
 from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder, read
+from orchestra.runtime.local.streams import mixed, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
