@@ -1,7 +1,7 @@
 """Tiny ParScale checkpoints in the published layout, and the dense forward that they stand for.
 
-The oracle knows nothing of the engine: a plain transformers backbone is run once for each stream, with the prefix in its
-own cache, and the last hidden states are mixed by the formula, number by number.
+The oracle knows nothing of the engine: a plain transformers backbone is run once for each stream, with the prefix in
+its own cache, and the last hidden states are mixed by the formula, number by number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ def write(folder: Path, backbone: str, streams: int, seed: int = 0, whole: bool 
     (folder / "config.json").write_text(json.dumps(config))
     hidden, draw = config["hidden_size"], torch.Generator().manual_seed(100 * streams + seed)
     tensors = load_file(folder / "model.safetensors") if whole else {}
-    prefix = streams, config["num_key_value_heads"], PREFIX, config.get("head_dim") or hidden // config["num_attention_heads"]
+    prefix = (
+        streams,
+        config["num_key_value_heads"],
+        PREFIX,
+        config.get("head_dim") or hidden // config["num_attention_heads"],
+    )
     shapes = {
         f"model.layers.{layer}.self_attn.prefix_{part}": prefix
         for layer in range(config["num_hidden_layers"])

@@ -127,7 +127,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
     kind = f"{source} ({config.model_type})"
     if (reason := refusal(config)) is not None:
         raise UsageError(f"the in-process engine cannot run {kind}: it has {reason}")
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(place, config)
     module = _load(place, dtype, ATTENTION, len(tokenizer), config).to(target)
     if not any("rotary" in name for name, _ in module.named_modules()):
         raise UsageError(f"the in-process engine cannot run {kind}: it has no rotary positions")
@@ -154,9 +154,10 @@ def load_plain(source: str, dtype: str = "float32", attention: str = "", adapter
     transformers' `sdpa` leaves that out.
     """
     place = Source.of(source, adapter)
+    config = _config(place)
     if not attention:
-        attention = "eager" if getattr(_config(place).get_text_config(), "attn_logit_softcapping", None) else "sdpa"
-    return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place)))
+        attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+    return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place, config)), config)
 
 
 def _config(place: Source) -> Any:
@@ -167,24 +168,29 @@ def _config(place: Source) -> Any:
     return read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
 
 
-def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any = None) -> Any:
+def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any) -> Any:
     local = local_folder(place.model)
+    streams = is_parscale(read_config(place.model))  # then it holds tensors that are not the model's
     try:
-        module = read(
+        module, told = read(
             lambda: transformers.AutoModelForCausalLM.from_pretrained(
                 place.model,
                 config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
                 local_files_only=local,
+                output_loading_info=True,
             ),
             place.model,
+            warn=not streams,
         )
     except UsageError as error:
         if isinstance(error.__cause__, KeyError) and attention in error.__cause__.args:
             why = "its code in transformers does not use the attention interface"
             raise UsageError(f"the in-process engine cannot run {place.model}: {why}") from error
         raise
+    if streams and (missing := sorted(told["missing_keys"])):
+        raise UsageError(f"{place.model} lacks the tensor {missing[0]} and {len(missing) - 1} more")
     if place.adapter is not None:
         module = merge_adapter(module, place.adapter, vocabulary)
     return module.eval().requires_grad_(False)
