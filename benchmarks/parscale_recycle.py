@@ -35,7 +35,14 @@ LEVELS["large"] = Level("large", largest=75, above=50, openings=(1, 6))
 """Only here: the evaluation knows the levels that the embedded model was made for."""
 
 COMMON = ParScaleConfig(
-    backbone=str(EMBEDDED), levels={"large": 1.0}, prefix_tokens=16, held_out=800, steps=400, validate_every=100
+    backbone=str(EMBEDDED),
+    levels={"large": 1.0},
+    prefix_tokens=16,
+    held_out=500,
+    steps=300,
+    batch_tokens=2000,
+    longest=700,
+    validate_every=100,
 )
 ARMS: dict[str, dict[str, Any]] = {
     "P=1, whole model": {"streams": 1, "train": "all"},
@@ -47,7 +54,7 @@ RATES = {
     "P=4, whole model": (1e-3, 2e-3, 4e-3),
     "P=4, streams alone": (4e-3, 1.2e-2),
 }
-TUNING_SEED, TUNING_STEPS = 100, 150
+TUNING_SEED, TUNING_STEPS = 100, 100
 SEEDS = (1, 2, 3)
 
 

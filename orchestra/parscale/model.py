@@ -118,6 +118,8 @@ class ParScale(PreTrainedModel):  # type: ignore[misc]  # transformers is untype
             UsageError: it belongs to a backbone of another shape.
         """
         _check(self)
+        if streams is not None:
+            self._check_fit(streams)
         layers: list[Any] = [layer.self_attn for layer in self.model.layers]
         if self.config.parscale_n > 1:
             for layer in layers:
@@ -127,7 +129,6 @@ class ParScale(PreTrainedModel):  # type: ignore[misc]  # transformers is untype
         self.set_attn_implementation(self._plain_attention)
         if streams is None:
             return
-        self._check_fit(streams)
         weight = self.get_input_embeddings().weight
         for layer, keys, values in zip(layers, streams.keys, streams.values, strict=True):
             place = next(layer.parameters())
