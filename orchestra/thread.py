@@ -210,6 +210,10 @@ class Thread:
         values = normal({key: value for key, value in sampling.items() if value is not None})
         return replace(self, _defaults=tuple((values | dict(self._defaults)).items()))
 
+    def setting(self, **sampling: Any) -> Thread:
+        """Like `using`, but also where the caller has set something else."""
+        return replace(self, _defaults=tuple((dict(self._defaults) | normal(sampling)).items()))
+
     async def before_stop(self) -> Thread:
         """Go back to before the stop string, or the stop token, that ended the last generation.
 

@@ -24,6 +24,7 @@ from orchestra.runtime.local.sources import Source
 from orchestra.runtime.local.streams import variants
 from orchestra.testing import (
     check_conservation,
+    check_greedy,
     check_no_leak,
     check_parity,
     check_schedule_invariance,
@@ -110,6 +111,21 @@ def test_parity_at_depth(checkpoint, seed):
     folder, dense = checkpoint(2)
     parity(folder, dense, [seed])
     parity(folder, dense, [seed], **ODD)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_the_model_class_says_the_same(checkpoint, kind):
+    folder, _ = checkpoint(4, kind)
+
+    async def main():
+        async with opened(folder) as engine:
+            model = engine.plain_model()
+            assert type(model).__name__.endswith("ParScaleForCausalLM")
+            graph = await random_graph(engine, 5)
+            await check_parity(engine, graph, model)
+            await check_greedy(engine, "a longer prompt, with the number 12", 24, model)
+
+    asyncio.run(main())
 
 
 def test_greedy_text_is_what_the_dense_forward_likes_best(checkpoint):

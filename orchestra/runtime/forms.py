@@ -50,8 +50,12 @@ ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "local:PATH_OR_ID?dtype=bfloat16&device=cuda",
         "In-process PyTorch on a Hugging Face causal model; shared prefixes are stored and read once.",
-        _ALL,
-        {"adapter": "folder of a PEFT adapter to merge into the model; PATH may also be an adapter itself", **_PROCESS},
+        f"{_ALL}, streams (ParScale models)",
+        {
+            "adapter": "folder of a PEFT adapter to merge into the model; PATH may also be an adapter itself",
+            "streams": "folders of ParScale checkpoints on this model, as in DIR,DIR: further numbers of streams",
+            **_PROCESS,
+        },
     ),
     EngineForm(
         "sglang://HOST:PORT",

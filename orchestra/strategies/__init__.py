@@ -11,6 +11,7 @@ from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.hogwild import Hogwild
 from orchestra.strategies.map_reduce import MapReduce
+from orchestra.strategies.parallel_streams import ParallelStreams
 from orchestra.strategies.pdr import Pdr
 from orchestra.strategies.refine import Refine
 from orchestra.strategies.sample import Sample
@@ -28,6 +29,7 @@ __all__ = [
     "FirstFinish",
     "Hogwild",
     "MapReduce",
+    "ParallelStreams",
     "Pdr",
     "Refine",
     "Sample",

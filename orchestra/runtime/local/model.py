@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from orchestra.errors import EngineError, UsageError
-from orchestra.parscale.layout import backbone_config, is_parscale, read_config
+from orchestra.parscale.layout import backbone_config, is_parscale, read_config, stream_count
 from orchestra.parscale.streams import StreamSet
 from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.local.adapters import merge_adapter
@@ -148,13 +148,17 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
 
 
 def load_plain(source: str, dtype: str = "float32", attention: str = "", adapter: str | None = None) -> Any:
-    """The same model with its own attention: the oracle of the parity law.
+    """The same model with its own attention: the oracle of the parity law. With streams, it is the model class.
 
     `attention` is the name of an implementation; by default `sdpa`, but `eager` where scores are soft-capped, since
     transformers' `sdpa` leaves that out.
     """
     place = Source.of(source, adapter)
-    config = _config(place)
+    config, values = _config(place), read_config(place.model)
+    if is_parscale(values) and stream_count(values, place.model) > 1 and not attention and place.adapter is None:
+        from orchestra.parscale.model import ParScale
+
+        return ParScale.from_pretrained(place.model, dtype=DTYPES[dtype]).eval().requires_grad_(False)
     if not attention:
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
     return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place, config)), config)
