@@ -173,31 +173,33 @@ def _config(place: Source) -> Any:
 
 
 def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any) -> Any:
-    local = local_folder(place.model)
-    streams = is_parscale(read_config(place.model))  # then it holds tensors that are not the model's
     try:
-        module, told = read(
-            lambda: transformers.AutoModelForCausalLM.from_pretrained(
-                place.model,
-                config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                local_files_only=local,
-                output_loading_info=True,
-            ),
+        module = _pretrained(
             place.model,
-            warn=not streams,
+            config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            local_files_only=local_folder(place.model),
         )
     except UsageError as error:
         if isinstance(error.__cause__, KeyError) and attention in error.__cause__.args:
             why = "its code in transformers does not use the attention interface"
             raise UsageError(f"the in-process engine cannot run {place.model}: {why}") from error
         raise
-    if streams and (missing := sorted(told["missing_keys"])):
-        raise UsageError(f"{place.model} lacks the tensor {missing[0]} and {len(missing) - 1} more")
     if place.adapter is not None:
         module = merge_adapter(module, place.adapter, vocabulary)
     return module.eval().requires_grad_(False)
+
+
+def _pretrained(source: str, **options: Any) -> Any:
+    """A causal model; of one with streams, that under them: their tensors are left out without a word."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    if not is_parscale(read_config(source)):
+        return read(lambda: load(source, **options), source)
+    module, told = read(lambda: load(source, output_loading_info=True, **options), source, warn=False)
+    if missing := sorted(told["missing_keys"]):
+        raise UsageError(f"{source} lacks the tensor {missing[0]} and {len(missing) - 1} more")
+    return module
 
 
 def _eos(module: Any, tokenizer: Any) -> frozenset[int]:
