@@ -39,10 +39,10 @@ COMMON = ParScaleConfig(
     levels={"large": 1.0},
     prefix_tokens=16,
     held_out=500,
-    steps=300,
+    steps=150,
     batch_tokens=2000,
     longest=700,
-    validate_every=100,
+    validate_every=75,
 )
 ARMS: dict[str, dict[str, Any]] = {
     "P=1, whole model": {"streams": 1, "train": "all"},

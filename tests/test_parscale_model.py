@@ -73,11 +73,13 @@ def test_padding_and_batch_order_change_nothing(model: Any, side: str) -> None:
         assert close(logits[seen], model(torch.tensor([row])).logits[0])
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @torch.no_grad()
-def test_generating_in_a_padded_batch_equals_generating_alone(model: Any) -> None:
+def test_generating_in_a_padded_batch_equals_generating_alone(model: Any, cache: str) -> None:
     rows = [IDS, IDS[:4], IDS[3:]]
     ids, mask = padded(rows, "left")
-    found = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    options = {"cache_implementation": cache, "disable_compile": True, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=8, **options)
     for row, tokens in zip(rows, found, strict=True):
         text = list(row)
         for _ in range(8):  # without generate, without a cache

@@ -29,26 +29,27 @@ def attend(
         query: `[streams * batch, heads, tokens, dim]`, streams outer.
         key: of the tokens, `[streams * batch, key heads, tokens, dim]`.
         value: like `key`.
-        attention_mask: which keys are seen, those of the prefix first; none means all.
+        attention_mask: which tokens are seen, boolean or to be added to scores, `[..., tokens, seen tokens]`; none
+            means all. The prefix always is.
         **options: what the layer says beside (scale, dropout).
     """
     batch = key.shape[0] // module.prefix_k.shape[0]
     key = torch.cat([module.prefix_k.repeat_interleave(batch, 0), key], 2)
     value = torch.cat([module.prefix_v.repeat_interleave(batch, 0), value], 2)
+    if attention_mask is not None:
+        visible = 1 if attention_mask.dtype == torch.bool else 0
+        attention_mask = functional.pad(attention_mask, (module.prefix_k.shape[2], 0), value=visible)
     options["is_causal"] = False  # the mask says it
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
 
-def mask(*places: Any, config: Any, **options: Any) -> Tensor:
-    """The backbone's own mask of tokens (causal, windows, padding), with the prefix visible before it."""
-    # Without a mask the kernel would take the prefix for the first tokens of a causal square.
+def mask(*places: Any, **options: Any) -> Tensor:
+    """The backbone's own mask of tokens (causal, windows, padding), always written out.
+
+    Without one, the kernel would take prefix and tokens for one causal square.
+    """
     options["allow_is_causal_skip"] = False
-    return see_prefix(sdpa_mask(*places, config=config, **options), config.parscale_n_tokens)
-
-
-def see_prefix(seen: Tensor, prefix: int) -> Tensor:
-    """A mask `[..., queries, keys]`, boolean or added to scores, with `prefix` visible keys in front."""
-    return functional.pad(seen, (prefix, 0), value=1 if seen.dtype == torch.bool else 0)
+    return sdpa_mask(*places, **options)  # type: ignore[no-any-return]
 
 
 AttentionInterface.register(NAME, attend)

@@ -237,23 +237,16 @@ def _spread(
     seen = options.get("attention_mask")
     if options.get("position_ids") is None and isinstance(seen, Tensor) and seen.ndim == 2:
         options["position_ids"] = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    for name in ("input_ids", "inputs_embeds", "position_ids"):
-        if options.get(name) is not None:
+    for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask"):
+        if isinstance(options.get(name), Tensor):
             options[name] = _repeat(options[name], streams)
-    if isinstance(seen, Tensor):
-        options["attention_mask"] = _repeat_mask(seen, decoder.config)
-    elif isinstance(seen, dict):  # one for each kind of layer, as `generate` prepares them for static caches
-        options["attention_mask"] = {kind: _repeat_mask(one, decoder.config) for kind, one in seen.items()}
+    if isinstance(seen, dict):  # one for each kind of layer, as `generate` prepares them for static caches
+        options["attention_mask"] = {kind: _repeat(one, streams) for kind, one in seen.items()}
     return (), options
 
 
 def _repeat(rows: Tensor, streams: int) -> Tensor:
     return rows.repeat(streams, *[1] * (rows.ndim - 1))
-
-
-def _repeat_mask(seen: Tensor, config: Any) -> Tensor:
-    repeated = _repeat(seen, config.parscale_n)
-    return attention.see_prefix(repeated, config.parscale_n_tokens) if seen.ndim == 4 else repeated
 
 
 def _gather(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
