@@ -96,6 +96,12 @@ def test_any_number_of_streams_and_as_many_key_heads_as_heads(checkpoint, stream
     parity(folder, dense, [3], **ODD)
 
 
+def test_a_window_ends_what_a_token_sees_of_the_text_and_not_the_prefix(checkpoint):
+    folder, dense = checkpoint(2, "mistral", sliding_window=6)
+    parity(folder, dense, [1, 2])
+    parity(folder, dense, [1], **ODD)
+
+
 @given(st.integers(0, 10**6))
 @few
 def test_parity(checkpoint, seed):
@@ -373,8 +379,6 @@ def test_streams_that_are_not_for_the_model_are_refused_when_it_is_loaded(make_m
         assert "is not a ParScale checkpoint" in await said(tiny, make_model("qwen2"))
         other = write(tmp_path / "other", make_model("llama", key_heads=1), 4, whole=False)
         assert "for this model they are (2, 4, 2, 5, 8)" in await said(tiny, other)
-        windows = make_model("mistral", sliding_window=6)
-        assert "sliding windows" in await said(write(tmp_path / "windows", windows, 2))
         assert "is 1" in await said(tiny, write(tmp_path / "one", tiny, 1))
 
     asyncio.run(main())

@@ -99,7 +99,8 @@ class Plan:
         kernel: which attention kernel to use.
         positions: of the rows, int64 `[rows]`; models with windows need them.
         rotary: how the model turns queries; reads with turns need it.
-        prefix: keys and values that every row reads and that have no position, `[layers, key heads, tokens, dim]` each.
+        prefix: keys and values without positions, which every row reads whatever its window; `[layers, key heads,
+            tokens, dim]` each.
         streams: how many vectors each row has, one after another; the heads of all of them are heads of the row.
         layers_run: how often `run` was called; an engine checks that it was once a layer.
     """

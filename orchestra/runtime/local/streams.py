@@ -111,8 +111,6 @@ def _variant(model: LoadedModel, streams: StreamSet) -> LoadedModel:
     from orchestra.runtime.local.probe import probe_streams
 
     memory = model.memory
-    if memory.windows:
-        raise EngineError("the model has sliding windows, which streams have not been made to work with")
     count, prefix = streams.streams, streams.prefix
     width = model.module.get_output_embeddings().in_features
     wanted = {
@@ -132,6 +130,7 @@ def _variant(model: LoadedModel, streams: StreamSet) -> LoadedModel:
         memory.dim,
         memory.dtype,
         memory.device,
+        memory.windows,
         streams=count,
         prefix=(keys, values),
     )
