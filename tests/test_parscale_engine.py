@@ -356,10 +356,11 @@ def test_workers_of_a_concurrent_cache_have_no_streams(tiny, sets, checkpoint):
     async def main():
         async with opened(tiny, streams=sets) as engine, orchestra.connect(engine) as connection:
             await connection.run(spec, "x")
-            with pytest.raises(CapabilityError, match="concurrent cache takes a model without streams"):
+            with pytest.raises(CapabilityError, match="concurrent cache without streams only"):
                 await connection.run(spec, "x", streams=2)
         async with opened(checkpoint(2)[0]) as engine, orchestra.connect(engine) as connection:
-            with pytest.raises(CapabilityError, match="concurrent cache takes a model without streams"):
+            await connection.run(spec, "x", streams=1)
+            with pytest.raises(CapabilityError, match="concurrent cache without streams only"):
                 await connection.run(spec, "x")
 
     asyncio.run(main())

@@ -29,7 +29,7 @@ from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
 from orchestra.runtime.local.sources import Source
 from orchestra.runtime.local.steering import Steering
-from orchestra.runtime.local.streams import NO_GANG, Variants, fingerprint, variants
+from orchestra.runtime.local.streams import Variants, fingerprint, variants
 from orchestra.runtime.local.worker import Worker
 from orchestra.runtime.sampling import check
 
@@ -178,7 +178,8 @@ class LocalEngine(Engine):
         if (wrong := check(sampling)) is not None:
             raise UsageError(wrong)
         if request.gang is not None and model.streams is not None:
-            raise CapabilityError(f"{self.name}: {NO_GANG}")
+            # Prefixes have no position: a query that is turned to another place would see them differently.
+            raise CapabilityError(f"{self.name} has a concurrent cache without streams only (streams=1)")
         view, snapshots, before = _look(worker, graph, node)
         forced = snapshots[-1].tokens
         if before is None and not forced:
@@ -222,9 +223,7 @@ class LocalEngine(Engine):
 
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
         """See `Engine.gang`."""
-        model, _, worker = self._open()
-        if model.streams is not None:
-            raise CapabilityError(f"{self.name}: {NO_GANG}")
+        model, _, worker = self._open(1)
         if model.rotary is None or model.memory.windows:
             what = "sliding windows" if model.memory.windows else "positions that are no plain rotation"
             raise CapabilityError(f"{self.name} has no concurrent cache: the model has {what}")

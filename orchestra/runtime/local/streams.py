@@ -43,10 +43,6 @@ def mixed(streams: StreamSet, hidden: Tensor) -> Tensor:
     return streams.aggregate(apart.movedim(-2, 0))
 
 
-NO_GANG = "a concurrent cache takes a model without streams; set streams=1"
-"""The prefixes have no position, so queries that are turned to another place would see them differently."""
-
-
 class Variants(NamedTuple):
     """A model with several numbers of streams.
 
