@@ -30,9 +30,10 @@ COLUMNS = (
     Column("prefix_megabytes", "prefixes, MB", ",.1f"),
 )
 NOTES = (
-    "Time from the first token to the last, by the tokens of a sequence; all ways take turns on one engine, and the "
-    "fastest run of each counts. Keys and values are those that the engine holds when all is said; the prefixes are "
-    "P x 48 tokens of them, learned, once for all sequences. Separate sequences have prompts of their own."
+    "Time from the first token to the last, by the tokens of a sequence; all ways take turns, those without streams on "
+    "an engine that has none, and the fastest run of each counts. Keys and values are those that the engine holds when "
+    "all is said; the prefixes are P x 48 tokens of them, learned, once for all sequences. Separate sequences have "
+    "prompts of their own."
 )
 
 
@@ -75,9 +76,8 @@ def rows(
     with _random_sets(model, streams) as folders:
         for count in threads:
             torch.set_num_threads(count)
-            best = asyncio.run(
-                _measure(f"local:{model}?dtype={dtype}&streams={folders}", ways, prompt, tokens, repeats)
-            )
+            plain = f"local:{model}?dtype={dtype}"
+            best = asyncio.run(_measure(plain, f"{plain}&streams={folders}", ways, prompt, tokens, repeats))
             for way, run in best.items():
                 yield {
                     "threads": count,
@@ -89,14 +89,16 @@ def rows(
                 }
 
 
-async def _measure(url: str, ways: Sequence[Way], prompt: int, tokens: int, repeats: int) -> dict[Way, Run]:
+async def _measure(
+    plain: str, streamed: str, ways: Sequence[Way], prompt: int, tokens: int, repeats: int
+) -> dict[Way, Run]:
     import orchestra
 
     best: dict[Way, Run] = {}
-    async with orchestra.connect(url) as connection:
+    async with orchestra.connect(plain) as one, orchestra.connect(streamed) as several:
         for turn in range(repeats + 1):
             for way in ways:
-                run = await _once(connection, way, turn, prompt, tokens)
+                run = await _once(one if way.streams == 1 else several, way, turn, prompt, tokens)
                 if turn and (way not in best or run.seconds < best[way].seconds):
                     best[way] = run
     return best

@@ -118,7 +118,8 @@ class LocalEngine(Engine):
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
             if self._variants is None or self._prompts is None:
-                model = load_model(self.source, self.dtype, self.device, self.adapter, self.forward)
+                how = self.dtype, self.device, self.adapter, self.forward, bool(self._streams)
+                model = load_model(self.source, *how)
                 place = Source.of(self.source, self.adapter)
                 self._variants = variants(model, place, self._streams)  # compared now: nothing runs on the model yet
                 self._prompts = Prompts(model.tokenizer, model.context, self.hint, model.eos)

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 from orchestra.errors import EngineError, UsageError
-from orchestra.parscale.layout import backbone_config, is_parscale, read_config, stream_count
+from orchestra.parscale.layout import backbone_config, is_parscale, read_config
 from orchestra.parscale.streams import StreamSet
 from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.local.adapters import merge_adapter
@@ -27,7 +27,7 @@ from orchestra.runtime.local.refusal import refusal
 from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
 from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder, read
-from orchestra.runtime.local.streams import mixed, spread
+from orchestra.runtime.local.streams import mixed, own_streams, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,7 +101,9 @@ class LoadedModel:
         return logits
 
 
-def load_model(source: str, dtype: str, device: str, adapter: str | None = None, forward: str = "auto") -> LoadedModel:
+def load_model(
+    source: str, dtype: str, device: str, adapter: str | None = None, forward: str = "auto", streams: bool = False
+) -> LoadedModel:
     """Load a model and its tokenizer from a folder, or by id from the Hugging Face cache or hub.
 
     Args:
@@ -110,6 +112,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
         device: a torch device.
         adapter: folder of a PEFT adapter to merge into the model.
         forward: see `FORWARDS`.
+        streams: it will be run with streams (`streams.variants`); a model that has its own is in any case.
 
     Raises:
         UsageError: no such folder or model, unknown dtype or device, or an architecture that the plan cannot run.
@@ -143,7 +146,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
         raise UsageError(f"the in-process engine cannot run {kind}: {line[:300]}") from error
     model.rotary = find_rotary(module, heard)
     if forward == "auto":
-        model.lean = lean_forward(model, heard)
+        model.lean = lean_forward(model, heard, streams or own_streams(place) > 1)
     return model
 
 
@@ -154,8 +157,8 @@ def load_plain(source: str, dtype: str = "float32", attention: str = "", adapter
     transformers' `sdpa` leaves that out.
     """
     place = Source.of(source, adapter)
-    config, values = _config(place), read_config(place.model)
-    if is_parscale(values) and stream_count(values, place.model) > 1 and not attention and place.adapter is None:
+    config = _config(place)
+    if own_streams(place) > 1 and not attention and place.adapter is None:
         from orchestra.parscale.model import ParScale
 
         return ParScale.from_pretrained(place.model, dtype=DTYPES[dtype]).eval().requires_grad_(False)

@@ -55,6 +55,12 @@ class Variants(NamedTuple):
     own: int
 
 
+def own_streams(place: Source) -> int:
+    """How many streams a checkpoint has itself; 1 for a plain model."""
+    values = read_config(place.model)
+    return stream_count(values, place.model) if is_parscale(values) else 1
+
+
 def variants(model: LoadedModel, place: Source, folders: Sequence[str] = ()) -> Variants:
     """A model with its own streams, and those of other checkpoints.
 
@@ -67,8 +73,7 @@ def variants(model: LoadedModel, place: Source, folders: Sequence[str] = ()) -> 
         UsageError: there are none in a folder, they are for another model, two sets have as many streams, or the model
             cannot have streams.
     """
-    values = read_config(place.model)
-    own = stream_count(values, place.model) if is_parscale(values) else 1
+    own = own_streams(place)
     sources = [place.model] * (own > 1) + list(folders)
     return Variants(with_sets(model, [(source, read_streams(source)) for source in sources]), own)
 
