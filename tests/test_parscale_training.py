@@ -183,13 +183,19 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
         (["backbone=./nowhere"], "no model folder './nowhere'"),
         (["data=./nowhere.jsonl"], "cannot load the data ./nowhere.jsonl"),
         (["levels={huge: 1}"], "unknown Countdown level 'huge'"),
-        (["data={short}"], "has 1 rows: too few to hold 16 out"),
+        (["data={short}"], "has 1 rows to learn from: too few to hold 16 out"),
+        (["data={long}"], "has 0 rows to learn from"),
         (["data={odd}"], "needs a column text, messages, or prompt and completion; this row has question"),
         (["data={talk}"], "the tokenizer has no chat template"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_it_starts(overrides: list[str], message: str, tmp_path: Path) -> None:
-    records = {"short": {"text": "1"}, "odd": {"question": "1"}, "talk": {"messages": [{"role": "a", "content": "1"}]}}
+    records: dict[str, Any] = {
+        "short": {"text": "1"},
+        "odd": {"question": "1"},
+        "talk": {"messages": [{"role": "a", "content": "1"}]},
+    }
+    records["long"] = {"prompt": " 1" * 400, "completion": " 2"}
     for name, record in records.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     places = {f"{{{name}}}": str(tmp_path / f"{name}.jsonl") for name in records}
