@@ -105,7 +105,7 @@ def report(runs: Path) -> Report:
     losses = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items())
     notes = (
         f"Mean weighted cross-entropy (nats) on {sum(map(len, held_out))} held-out rows of Countdown with numbers up "
-        f"to 75, {before:.4f} before; after {COMMON.steps} steps of {COMMON.batch_tokens} tokens, all parameters trained. "
+        f"to 75, {before:.4f} before; after {COMMON.steps} steps of {COMMON.batch_tokens} tokens, all weights trained. "
         f"The difference is P=4 less P=1; its standard error is over the rows of a seed, and in the last line over the "
         f"seeds. Prefixes of {COMMON.prefix_tokens} tokens, smoothing {COMMON.smoothing}, learning rate "
         f"{min(tried, key=tried.__getitem__):g} for both: the best for P=1 after {TUNING_STEPS} steps on another seed "
