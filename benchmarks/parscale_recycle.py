@@ -38,12 +38,12 @@ LEVELS["large"] = Level("large", largest=75, above=50, openings=(1, 6))
 COMMON = ParScaleConfig(
     backbone=str(EMBEDDED),
     levels={"large": 1.0},
-    prefix_tokens=16,
+    prefix_tokens=4,
     held_out=500,
     steps=150,
     batch_tokens=2000,
     longest=700,
-    validate_every=75,
+    validate_every=0,
 )
 ARMS = {"P=1": 1, "P=4": 4}
 RATES = (5e-4, 1e-3, 2e-3)

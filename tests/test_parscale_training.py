@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from orchestra.cli.train import app  # noqa: E402
 from orchestra.errors import UsageError  # noqa: E402
-from orchestra.evaluation.countdown import split_of  # noqa: E402
+from orchestra.evaluation.countdown import LEVELS, Level, split_of  # noqa: E402
 from orchestra.parscale.model import ParScale  # noqa: E402
 from orchestra.training import tokenizer as words  # noqa: E402
 from orchestra.training.config import ParScaleConfig, read_config  # noqa: E402
@@ -158,6 +159,19 @@ def test_another_number_of_streams_grows_on_the_backbone_of_a_checkpoint(tmp_pat
     assert torch.equal(kept.streams.keys, ParScale.from_pretrained(place).streams.keys)
     assert grown.streams.streams == 2
     assert torch.equal(grown.lm_head.weight, kept.lm_head.weight)
+
+
+def test_fresh_streams_leave_the_model_nearly_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On problems that it is not sure of; on those that it knows, any small prefix does.
+    monkeypatch.setitem(LEVELS, "large", Level("large", largest=75, above=50, openings=(1, 6)))
+    config = smoke("held_out=60", "levels={large: 1}", "batch_tokens=1000", "longest=700")
+    held_out = load_data(config, words.build()).held_out
+    plain_loss = validate(ParScale.recycle(EMBEDDED, 1), held_out).loss
+    grown = ParScale.recycle(EMBEDDED, 4, prefix_tokens=16)
+    noise = dataclasses.replace(grown.streams, values=torch.randn_like(grown.streams.values) * 0.02)
+    assert validate(grown, held_out).loss < 1.04 * plain_loss
+    grown.set_streams(noise)  # what it is better than
+    assert validate(grown, held_out).loss > 1.06 * plain_loss
 
 
 def test_the_standard_error_is_that_of_a_ratio() -> None:
