@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from orchestra.cli.train import app  # noqa: E402
 from orchestra.errors import UsageError  # noqa: E402
-from orchestra.evaluation.countdown import split_of  # noqa: E402
+from orchestra.evaluation.countdown import LEVELS, Level, split_of  # noqa: E402
 from orchestra.parscale.model import ParScale  # noqa: E402
 from orchestra.training import tokenizer as words  # noqa: E402
 from orchestra.training.config import ParScaleConfig, read_config  # noqa: E402
@@ -160,6 +161,19 @@ def test_another_number_of_streams_grows_on_the_backbone_of_a_checkpoint(tmp_pat
     assert torch.equal(grown.lm_head.weight, kept.lm_head.weight)
 
 
+def test_fresh_streams_leave_the_model_nearly_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On problems that it is not sure of; on those that it knows, any small prefix does.
+    monkeypatch.setitem(LEVELS, "large", Level("large", largest=75, above=50, openings=(1, 6)))
+    config = smoke("held_out=60", "levels={large: 1}", "batch_tokens=1000", "longest=700")
+    held_out = load_data(config, words.build()).held_out
+    plain_loss = validate(ParScale.recycle(EMBEDDED, 1), held_out).loss
+    grown = ParScale.recycle(EMBEDDED, 4, prefix_tokens=16)
+    noise = dataclasses.replace(grown.streams, values=torch.randn_like(grown.streams.values) * 0.02)
+    assert validate(grown, held_out).loss < 1.04 * plain_loss
+    grown.set_streams(noise)  # what it is better than
+    assert validate(grown, held_out).loss > 1.06 * plain_loss
+
+
 def test_the_standard_error_is_that_of_a_ratio() -> None:
     model = build_model(smoke())
     held_out = load_data(smoke("held_out=40"), words.build()).held_out
@@ -183,13 +197,19 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
         (["backbone=./nowhere"], "no model folder './nowhere'"),
         (["data=./nowhere.jsonl"], "cannot load the data ./nowhere.jsonl"),
         (["levels={huge: 1}"], "unknown Countdown level 'huge'"),
-        (["data={short}"], "has 1 rows: too few to hold 16 out"),
+        (["data={short}"], "has 1 rows to learn from: too few to hold 16 out"),
+        (["data={long}"], "has 0 rows to learn from"),
         (["data={odd}"], "needs a column text, messages, or prompt and completion; this row has question"),
         (["data={talk}"], "the tokenizer has no chat template"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_it_starts(overrides: list[str], message: str, tmp_path: Path) -> None:
-    records = {"short": {"text": "1"}, "odd": {"question": "1"}, "talk": {"messages": [{"role": "a", "content": "1"}]}}
+    records: dict[str, Any] = {
+        "short": {"text": "1"},
+        "odd": {"question": "1"},
+        "talk": {"messages": [{"role": "a", "content": "1"}]},
+    }
+    records["long"] = {"prompt": " 1" * 400, "completion": " 2"}
     for name, record in records.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
     places = {f"{{{name}}}": str(tmp_path / f"{name}.jsonl") for name in records}

@@ -119,7 +119,7 @@ class ParScaleConfig:
     steps: int = 1000
     batch_tokens: int = 3000
     longest: int = 4096
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     stream_learning_rate: float | None = None
     warmup_steps: int = 20
     decay_share: float = 0.4

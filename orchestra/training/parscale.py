@@ -53,7 +53,9 @@ def build_model(config: ParScaleConfig) -> Any:
     if is_parscale(read_config(config.backbone)):
         model = ParScale.from_pretrained(config.backbone, dtype=torch.float32)
         if model.config.parscale_n != config.streams:
-            model.set_streams(None if config.streams == 1 else fresh_streams(model, config.streams, **fresh))
+            model.set_streams(None)
+            if config.streams > 1:
+                model.set_streams(fresh_streams(model, config.streams, **fresh))
     else:
         model = ParScale.recycle(config.backbone, config.streams, **fresh).float()
     if config.train == "streams":

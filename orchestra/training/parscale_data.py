@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +31,17 @@ class Texts:
 
     def __init__(self, rows: Sequence[Row], tokens: int, seed: int) -> None:
         self._batches, self._seed = cut(rows, tokens), seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int) -> list[Row]:
         """The batch of one optimiser step."""
         epoch, place = divmod(step, len(self._batches))
+        return self._batches[self._order(epoch)[place]]
+
+    def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._batches)))
         random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return self._batches[order[place]]
+        return order
 
 
 def load_data(config: ParScaleConfig, tokenizer: Any) -> Data:
@@ -48,8 +53,11 @@ def load_data(config: ParScaleConfig, tokenizer: Any) -> Data:
     if config.data == "countdown":
         return _countdown(config, tokenizer)
     rows = [row(record, tokenizer, config.longest) for record in _records(config)]
+    rows = [
+        made for made in rows if any(made.weights[1:])
+    ]  # others have nothing to predict, such as a prompt cut short
     if len(rows) <= config.held_out:
-        raise UsageError(f"{config.data} has {len(rows)} rows: too few to hold {config.held_out} out")
+        raise UsageError(f"{config.data} has {len(rows)} rows to learn from: too few to hold {config.held_out} out")
     random.Random(config.seed).shuffle(rows)
     held_out = cut(rows[: config.held_out], config.batch_tokens)
     return Data(Texts(rows[config.held_out :], config.batch_tokens, config.seed), held_out)
