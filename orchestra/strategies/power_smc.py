@@ -187,8 +187,8 @@ class _Swarm:
         self.weights.raise_to(self._strategy.alpha)
 
     def _uneven(self) -> bool:
-        logs = self.weights.logs
-        return effective_sample_size(logs) < self._strategy.ess * len(logs)
+        least = self._strategy.ess * len(self.weights.logs)
+        return least > 0 and effective_sample_size(self.weights.logs) < least
 
     def _exponent(self, index: int) -> float:
         """In force when token `index` of a text is drawn: the one that the ramp has at the end of the token's block."""
