@@ -1,4 +1,4 @@
-"""Lock-step groups: as if each had been generated alone, seen at every step, stopped at once, resampled without a copy."""
+"""Lock-step groups: as if each had been generated alone; seen at every step, stopped at once, resampled uncopied."""
 
 from __future__ import annotations
 

@@ -241,3 +241,34 @@ def test_it_goes_blockwise_where_the_engine_has_no_lock_step(small: str, texts: 
     for options in ("block=1, ramp=3, ess=1", "block=2, ramp=3"):
         outcome = asyncio.run(main(f"power_smc(particles=1024, {options})"))
         assert off(outcome, target(texts)) < 0.035
+
+
+def test_on_a_real_server_it_has_the_same_target_and_evidence(sglang_server: Any) -> None:
+    """Blocks of one token, drawn at the server and scored by another pass; two tokens, so that all can be enumerated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from orchestra.runtime.connect import EMBEDDED
+
+    alpha, prompt = 0.15, "numbers: 3 7 8 12 target: 55"
+
+    async def main() -> tuple[list[int], Outcome]:
+        async with orchestra.connect(f"sglang://127.0.0.1:{sglang_server.port}") as connection:
+            ids = (await connection.engine.encode_prompt(prompt)).tokens
+            spec = f"power_smc(alpha={alpha}, particles=300, block=1, ramp=2, ess=0.9)"
+            return ids, await connection.run(spec, prompt, max_tokens=2, ignore_eos=True)
+
+    ids, outcome = asyncio.run(main())
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    with torch.no_grad():
+        first = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+        rows = torch.tensor([[*ids, token] for token in range(len(first))])
+        table = first[:, None] + model(rows).logits[:, -1].double().log_softmax(-1)
+    exact = float((alpha * table).flatten().logsumexp(0))
+    assert outcome.log_evidence == pytest.approx(exact, abs=0.1)
+    assert float((2 * alpha * table).flatten().logsumexp(0) - exact) < -0.5  # a wrong exponent would be noticed
+    for node in outcome.graph.nodes:
+        chain = outcome.graph.path_tokens(node.id)[len(ids) :] if node.count("sampled") else []
+        if len(chain) == 2:
+            second = float((table - first[:, None])[tuple(chain)])
+            assert node.spans[-1].logprobs == pytest.approx([second], abs=1e-3)
