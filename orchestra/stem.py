@@ -44,6 +44,11 @@ class Stem:
         stem._edges = [Edge(node.id, length)]
         return stem
 
+    @property
+    def known(self) -> list[Edge]:
+        """Its edges, if its text is in the graph already; else none."""
+        return self._edges or []
+
     async def edges(self) -> list[Edge]:
         """Context edges for what stands on this stem; the first call puts its text into the graph."""
         async with self._lock:

@@ -53,6 +53,11 @@ class Thread:
     def text(self) -> str:
         """All that stands after the prompt, forced and sampled."""
         self._touch()
+        return self._said
+
+    @property
+    def _said(self) -> str:
+        """The text; the program does not come after it by this."""
         return self._before + "".join(piece if isinstance(piece, str) else piece.text for piece in self._tail)
 
     @property
@@ -91,6 +96,11 @@ class Thread:
     def logprobs(self) -> list[float]:
         """Raw log-probability of each token of the last generation (nats)."""
         return [value for span in self._sampled for value in span.logprobs]
+
+    @property
+    def tempered(self) -> list[float]:
+        """Log-probability of each token of the last generation under the law that it was drawn from, if asked for."""
+        return [value for span in self._sampled for value in span.tempered]
 
     @property
     def sampled_tokens(self) -> int:
@@ -156,13 +166,25 @@ class Thread:
         thread.__dict__.update(changes)
         return thread
 
+    def _grown(self, node: Node, length: int, matched: str | int | None) -> Thread:
+        """This thread after a generation in `node`, of which it keeps the first `length` tokens."""
+        return self._with(
+            _stem=Stem.at(self._run, node, length),
+            path=tuple(node.path),
+            _tail=(),
+            _node=node,
+            _length=length,
+            _before=self._said + "".join(span.text for span in node.spans if span.origin == "sampled"),
+            matched=matched,
+        )
+
     @cached_property
     def _rooted(self) -> Thread:
         """This thread with its text put into a stem: the same one whoever asks, so that forks and joins share it."""
         if not self._tail:
             return self
         stem = Stem(self._run, (self._stem,), self._tail, self.path, self._alias)
-        return replace(self, _stem=stem, _tail=(), _before=self.text)
+        return replace(self, _stem=stem, _tail=(), _before=self._said)
 
     async def generate(self, *, watch: Watch | None = None, **sampling: Any) -> Thread:
         """Sample until a stop or a limit.
@@ -185,17 +207,7 @@ class Thread:
             done = await self._run.generate(edges, spans, self.path, self._alias, settings, watch)
         except BudgetExceeded as spent:
             raise BudgetCut(spent, self) from None
-        text = self.text + "".join(span.text for span in done.node.spans if span.origin == "sampled")
-        thread = replace(
-            self,
-            _stem=Stem.at(self._run, done.node, done.length),
-            path=tuple(done.node.path),
-            _tail=(),
-            _node=done.node,
-            _length=done.length,
-            _before=text,
-            matched=done.matched,
-        )
+        thread = self._grown(done.node, done.length, done.matched)
         if done.cut is not None:
             raise BudgetCut(done.cut, thread)
         return thread

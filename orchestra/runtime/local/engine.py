@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Self
@@ -16,12 +16,13 @@ from orchestra.errors import CapabilityError, EngineError, OrchestraError, Promp
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Engine, Gang, Load, Prompt, Request, Sampling, Stream
+from orchestra.runtime.engine import Capability, Engine, Gang, Load, Look, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.grammar import Grammars
 from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.lockstep import LockStep
 from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, load_plain
 from orchestra.runtime.local.nodes import Snapshot, snapshot
 from orchestra.runtime.local.prompts import Prompts
@@ -198,6 +199,34 @@ class LocalEngine(Engine):
             gang=request.gang if isinstance(request.gang, LocalGang) else None,
             steering=self._steering(sampling, model, prompts),
         )
+
+    def generate_in_step(self, requests: Sequence[Request], look: Look) -> list[Stream]:
+        """See `Engine.generate_in_step`; at most `max_batch`."""
+        model, prompts, worker = self._open()
+        if len(requests) > (most := self._scheduling[1]):
+            raise UsageError(f"{len(requests)} generations in lock-step; {self.name} takes {most} (max_batch=)")
+        group = LockStep(look)
+        jobs: list[Job] = []
+        streams = []
+
+        def cancel(index: int) -> None:
+            if index < len(jobs):
+                worker.cancel(jobs[index])
+
+        for index, request in enumerate(requests):
+            streams.append(Stream(partial(cancel, index), request.chunk))
+            job = self._job(request, streams[-1], model, prompts, worker)
+            if job.nodes[-1].tokens:
+                raise UsageError("generations in lock-step begin with a sampled token, not with text")
+            job.group, group.jobs[job] = group, index
+            jobs.append(job)
+        worker.submit_together(jobs)
+        return streams
+
+    def forget(self, graph: ThreadGraph, nodes: Iterable[int]) -> None:
+        """See `Engine.forget`."""
+        if self._worker is not None:
+            self._worker.forget(graph, list(nodes))
 
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
         """See `Engine.gang`."""
