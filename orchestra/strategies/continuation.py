@@ -18,17 +18,15 @@ from orchestra.thread import Thread
 
 
 class Scored(Protocol):
-    """A sampled token string, as far as its weight goes.
-
-    Attributes:
-        logprobs: of each token under the model (nats).
-        tempered: of each token under the law that it was drawn from (nats).
-    """
+    """A sampled token string, as far as its weight goes."""
 
     @property
-    def logprobs(self) -> Sequence[float]: ...
+    def logprobs(self) -> Sequence[float]:
+        """Of each token under the model (nats)."""
+
     @property
-    def tempered(self) -> Sequence[float]: ...
+    def tempered(self) -> Sequence[float]:
+        """Of each token under the law that it was drawn from (nats)."""
 
 
 def log_acceptance(old: Scored, new: Scored, cut: int, alpha: float) -> float:
@@ -53,7 +51,7 @@ class _Piece(NamedTuple):
     """One generation, and how many of its tokens remain."""
 
     thread: Thread
-    count: int
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +79,10 @@ class Continuation:
         """The first `length` tokens."""
         pieces: list[_Piece] = []
         left = length
-        for thread, count in self._pieces:
+        for thread, kept in self._pieces:
             if left > 0:
-                pieces.append(_Piece(thread, min(count, left)))
-            left -= count
+                pieces.append(_Piece(thread, min(kept, left)))
+            left -= kept
         whole = length == len(self)
         return replace(
             self,
@@ -129,8 +127,8 @@ class Continuation:
         """A thread that stands after it."""
         if not self._pieces:
             return self.root
-        thread, count = self._pieces[-1]
-        return thread if count == thread.sampled_tokens else await thread.cut(count)
+        thread, kept = self._pieces[-1]
+        return thread if kept == thread.sampled_tokens else await thread.cut(kept)
 
     async def text(self) -> str:
         """What it says, decoded as one: a character may span several generations."""
