@@ -15,7 +15,7 @@ from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, Watch, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
 from orchestra.runtime.sampling import normal, settled
-from orchestra.stem import Later, Stem, Text, before_stop, copy, encode
+from orchestra.stem import Later, Stem, Text, before_stop, beginning, copy, encode
 from orchestra.threads import Threads
 
 if TYPE_CHECKING:
@@ -249,6 +249,32 @@ class Thread:
             _tail=(cut.rest,) if cut.rest else (),
             _length=cut.length,
             _before=self.text.removesuffix(self.generated) + cut.kept,
+            matched=None,
+        )
+
+    async def cut(self, length: int) -> Thread:
+        """Go back to the first `length` tokens of the last generation, to generate anew from there.
+
+        What was sampled stays in the graph and counts; what comes next attends to no more than these tokens, and has a
+        fork path of its own. Until then the thread has no last generation. A character that the cut goes through is
+        shown as incomplete.
+
+        Raises:
+            UsageError: no generation has just ended here, or it has fewer tokens.
+            CapabilityError: the engine does not tell token ids.
+        """
+        if self._node is None or self._tail:
+            raise UsageError("cut() goes back from a generation that has just ended")
+        if not 0 <= length <= self.sampled_tokens:
+            raise UsageError(f"cut({length}) of a generation of {self.sampled_tokens} tokens")
+        self._touch()
+        return replace(
+            self,
+            _stem=Stem.at(self._run, self._node, len(self._node) - self.sampled_tokens + length),
+            path=self._run.fork_path(self.path),
+            _node=None,
+            _length=0,
+            _before=self.text.removesuffix(self.generated) + await beginning(self._run, self._node, length),
             matched=None,
         )
 

@@ -1,4 +1,4 @@
-"""What power sampling costs: particles beside as many plain samples and beside one; resampling by length of the past."""
+"""What power sampling costs: particles beside as many plain samples and beside one; resampling after long prompts."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.hogwild import Hogwild
 from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.pdr import Pdr
+from orchestra.strategies.power_mh import PowerMh
 from orchestra.strategies.power_smc import PowerSmc
 from orchestra.strategies.refine import Refine
 from orchestra.strategies.sample import Sample
@@ -30,6 +31,7 @@ __all__ = [
     "Hogwild",
     "MapReduce",
     "Pdr",
+    "PowerMh",
     "PowerSmc",
     "Refine",
     "Sample",
