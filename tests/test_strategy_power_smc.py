@@ -108,7 +108,7 @@ def test_truncation_breaks_the_target_and_is_refused(small: str, texts: Texts) -
 
     async def main() -> Outcome:
         async with orchestra.connect(LocalEngine(small, max_batch=MANY)) as connection:
-            with pytest.raises(UsageError, match="top_p=0.9 would change that"):
+            with pytest.raises(UsageError, match=r"top_p=0\.9 would change that"):
                 await connection.run("power_smc()", PROMPT, top_p=0.9, max_tokens=TOKENS)
             return await connection.run(spec, PROMPT, top_p=0.3, max_tokens=TOKENS, skip_special_tokens=False)
 
@@ -244,7 +244,7 @@ def test_it_goes_blockwise_where_the_engine_has_no_lock_step(small: str, texts: 
 
 
 def test_on_a_real_server_it_has_the_same_target_and_evidence(sglang_server: Any) -> None:
-    """Blocks of one token, drawn at the server and scored by another pass; of two tokens all texts can be enumerated."""
+    """Blocks of one token, drawn at the server and scored by another pass; texts of two tokens can be enumerated."""
     import torch
     from transformers import AutoModelForCausalLM
 
