@@ -50,40 +50,48 @@ class Ledger:
         budget = self.budget
         return (budget.sampled_tokens, budget.critical_path_tokens, budget.requests) != (None, None, None)
 
-    async def take(self, wanted: int | None, *, wait: bool = True) -> int | None:
-        """Reserve up to `wanted` sampled tokens (None: as many as there are) for one request.
+    async def take(self, wanted: int | None, *, wait: bool = True, members: int = 1) -> int | None:
+        """Reserve up to `wanted` sampled tokens (None: as many as there are) for each of some requests.
 
         Args:
             wanted: how many.
             wait: for others to give some back. Members of a gang must not: the others wait for them.
+            members: requests that go on together.
 
         Returns:
-            The tokens granted, at least 1; None for no limit.
+            The tokens granted to each, at least 1; None for no limit.
 
         Raises:
             BudgetExceeded: requests or sampled tokens are spent.
         """
         limit = self.budget.requests
-        if limit is not None and self._requests >= limit:
+        if limit is not None and self._requests + members > limit:
             raise BudgetExceeded("requests", limit, self)
         granted = wanted
         if self._left is not None:
-            while wait and self._in_flight and (wanted is None or self._left < wanted):
+            while wait and self._in_flight and (wanted is None or self._left < wanted * members):
                 self._changed.clear()
                 await self._changed.wait()
-            if not self._left:
+            share = self._left // members
+            if not share:
                 raise self.spent()
-            granted = self._left if wanted is None else min(wanted, self._left)
-            self._left -= granted
-        self._in_flight += 1
-        self._requests += 1
+            granted = share if wanted is None else min(wanted, share)
+            self._left -= granted * members
+        self._in_flight += members
+        self._requests += members
         return granted
 
-    def give_back(self, granted: int | None, used: int) -> None:
-        """End a reservation: return what was granted and not used. Every `take` that returned is ended once."""
-        self._in_flight -= 1
+    def give_back(self, granted: int | None, used: int, members: int = 1) -> None:
+        """End a reservation: return what was granted and not used. Every `take` that returned is ended once.
+
+        Args:
+            granted: what `take` returned.
+            used: by all members together.
+            members: as for `take`.
+        """
+        self._in_flight -= members
         if self._left is not None and granted is not None:
-            self._left += granted - used
+            self._left += granted * members - used
         self._changed.set()
 
     def spent(self) -> BudgetExceeded:
@@ -93,34 +101,38 @@ class Ledger:
 
 @dataclass
 class Reservation:
-    """Tokens reserved for one generation in every budget around it.
+    """Tokens reserved in every budget around it for one generation, or for each of some that go on together.
 
     Attributes:
         granted: most tokens it may sample; None for no limit.
         cut: the budget that granted less than was asked for, if one did.
+        members: how many generations.
     """
 
     granted: int | None
     cut: BudgetExceeded | None = None
+    members: int = 1
     _taken: list[tuple[Ledger, int | None]] = field(default_factory=list)
 
     @classmethod
-    async def make(cls, levels: Sequence[tuple[Ledger, int]], wanted: int | None, *, wait: bool = True) -> Reservation:
+    async def make(
+        cls, levels: Sequence[tuple[Ledger, int]], wanted: int | None, *, wait: bool = True, members: int = 1
+    ) -> Reservation:
         """Reserve in all `levels`, innermost first: pairs of a ledger and the critical path so far in its scope.
 
-        `wait` as for `Ledger.take`.
+        `wait` and `members` as for `Ledger.take`.
 
         Raises:
             BudgetExceeded: one of them has nothing left.
         """
-        reservation = cls(wanted)
+        reservation = cls(wanted, members=members)
         for ledger, depth in levels:
             limit = ledger.budget.critical_path_tokens
             if limit is not None:
                 reservation._lower(limit - depth, BudgetExceeded("critical_path_tokens", limit, ledger))
         try:
             for ledger, _ in levels:
-                amount = await ledger.take(reservation.granted, wait=wait)
+                amount = await ledger.take(reservation.granted, wait=wait, members=members)
                 reservation._taken.append((ledger, amount))
                 if amount is not None:
                     reservation._lower(amount, ledger.spent())
@@ -136,7 +148,7 @@ class Reservation:
             self.granted, self.cut = left, limit
 
     def end(self, used: int) -> None:
-        """Give back in all levels what was not used."""
+        """Give back in all levels what was not used by all members together."""
         while self._taken:
             ledger, amount = self._taken.pop()
-            ledger.give_back(amount, used)
+            ledger.give_back(amount, used, self.members)

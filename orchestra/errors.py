@@ -50,6 +50,10 @@ class EngineDown(EngineError):
     """The engine cannot be reached any more: whatever else is asked of it would fail the same way."""
 
 
+class DegenerateWeights(OrchestraError):
+    """No draw can be made by these weights: all of them are zero, or one is infinite or not a number."""
+
+
 class BudgetExceeded(OrchestraError):
     """A budget ended. `limit` names which one; the scope whose ledger it was turns it into `stopped_by`."""
 

@@ -67,6 +67,7 @@ class Span:
         count: number of tokens.
         text: the decoded text.
         logprobs: per sampled token, the raw model's log-probability (temperature 1, nothing truncated), in nats.
+        tempered: per sampled token, if asked for: its log-probability under the law that it was drawn from.
         weight: loss weight of these tokens when the graph becomes a training row.
     """
 
@@ -75,6 +76,7 @@ class Span:
     count: int = 0
     text: str = ""
     logprobs: list[float] = field(default_factory=list)
+    tempered: list[float] = field(default_factory=list)
     weight: float = 1.0
 
 
@@ -94,7 +96,7 @@ class Node:
         spans: the tokens by origin, in order.
         engine: alias of the engine that ran it; empty for the run's own.
         started, ended: seconds since the run began; None when nothing ran here.
-        finish_reason: `stop`, `length`, `cancelled`, `error`; `forced` for a node with nothing to sample.
+        finish_reason: `stop`, `length`, `cancelled`, `paused`, `error`; `forced` for a node with nothing to sample.
         cached_tokens: context tokens whose keys and values an earlier request had left on the engine.
         views: of a concurrent node: what its tokens read, in order of `first`, beginning with 0.
         notes: what the engine knows besides (JSON values): of a recorded sample its `answer`, `thinking_tokens` and

@@ -89,6 +89,8 @@ class Outcome(BaseModel):
         graph: everything that happened.
         finish_reason: of the last generation of the chosen thread.
         stopped_by: the budget that ended the run early, if one did.
+        log_evidence: of a sampler that estimates it: the log of the normaliser of its target (nats).
+        approximate: what makes the result something else than a draw from the target that the strategy names.
     """
 
     text: str = ""
@@ -98,6 +100,8 @@ class Outcome(BaseModel):
     graph: ThreadGraph = Field(default_factory=ThreadGraph, repr=False)
     finish_reason: str | None = None
     stopped_by: str | None = None
+    log_evidence: float | None = None
+    approximate: list[str] = Field(default_factory=list)
     _thread: Thread | None = PrivateAttr(None)
 
     @property

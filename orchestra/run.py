@@ -239,7 +239,7 @@ class Run:
         self.chains.add(node, reads)
         for owner in scope().chain:
             owner.nodes.append(node)
-        self._draw(node)
+        self.draw(node)
         return node
 
     def add_siblings(self, context: Sequence[Edge], paths: Sequence[Path], alias: str) -> list[Node]:
@@ -253,7 +253,7 @@ class Run:
         for owner in scope().chain:
             owner.nodes += nodes
         for node in nodes:
-            self._draw(node)
+            self.draw(node)
         return nodes
 
     def settle(self, context: Sequence[Edge], spans: Sequence[Span], path: Path, alias: str) -> Node:
@@ -295,7 +295,7 @@ class Run:
         try:
             if member is None:
                 node, gang = self.add(context, spans, path, alias), None
-                self._draw(node)
+                self.draw(node)
             else:
                 node, gang = member
             limited = replace(sampling, max_tokens=reservation.granted)
@@ -303,7 +303,9 @@ class Run:
                 return Generated(node, len(node), None, None)
             try:
                 with self.waiting_for(engine):
-                    last = await self._sample(engine, node, limited, within, watch, gang)
+                    request = self.request(node, limited, 1 if watch else self.chunk, gang)
+                    self.begin(node)
+                    last = await self.follow(node, engine.generate(request), watch)
             finally:
                 used = node.count("sampled")
         finally:
@@ -344,7 +346,7 @@ class Run:
         node.finish_reason = "length"
         return True
 
-    def _draw(self, node: Node) -> None:
+    def draw(self, node: Node) -> None:
         """Claim the randomness at (path, position). Going on twice from one place is a fork in all but name."""
         if (tuple(node.path), node.end) in self._drawn:
             node.path = list(self.fork_path(tuple(node.path)))
@@ -355,16 +357,20 @@ class Run:
         path, depth = tuple(node.path), self.chains.depth([node.id])
         return Request(self.graph, node, sampling, self.seed, path, chunk, depth, self.item, self.repeat, gang)
 
-    async def _sample(
-        self, engine: Engine, node: Node, sampling: Sampling, within: Scope, watch: Watch | None, gang: Gang | None
-    ) -> Delta:
-        watched = bool(self.listener or watch or any(owner.on_progress for owner in within.chain))
-        request = self.request(node, sampling, 1 if watched else 0, gang)
+    @property
+    def chunk(self) -> int:
+        """Of requests: 1 if somebody looks at tokens as they come."""
+        return int(bool(self.listener or any(owner.on_progress for owner in scope().chain)))
+
+    def begin(self, node: Node) -> None:
+        """An engine has been asked to fill `node`."""
         node.started = self.clock.now() - self.began
         self.chains.call(node)
         self._emit("start", node, node.text)
-        stream = engine.generate(request)
-        sampled = Span("sampled")
+
+    async def follow(self, node: Node, stream: Stream, watch: Watch | None = None) -> Delta:
+        """Write what comes into `node` until it ends; the last delta. Cancelled, it cancels the stream first."""
+        sampled, within = Span("sampled"), scope()
         node.spans.append(sampled)
         try:
             return await self._read(stream, node, sampled, within, watch)
@@ -388,6 +394,7 @@ class Run:
             sampled.count += last.count
             sampled.text += last.text
             sampled.logprobs += last.logprobs
+            sampled.tempered += last.tempered
             node.cached_tokens += last.cached_tokens
             node.views = last.views or node.views
             node.notes.update(last.notes)

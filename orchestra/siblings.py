@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from orchestra.concurrency import uninterrupted
 from orchestra.graph import Node, Span
 from orchestra.run import Run, frontier, scope
-from orchestra.runtime.engine import Delta, Sampling, Stream
-from orchestra.stem import Stem
+from orchestra.runtime.engine import Sampling, Stream
 
 if TYPE_CHECKING:
     from orchestra.thread import Thread
@@ -48,7 +47,7 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, each: Each | N
     if run.full(engine, nodes[0]):
         for node in nodes:
             node.finish_reason = "length"
-        grown = [_grown(thread, node, Delta()) for thread, node in zip(threads, nodes, strict=True)]
+        grown = [thread._grown(node, 0, None) for thread, node in zip(threads, nodes, strict=True)]
         for index, thread in enumerate(grown):
             if each is not None:
                 each(index, thread)
@@ -121,7 +120,7 @@ class _Reading:
         node, run = self._nodes[index], self._run
         self._left -= 1
         delta, error = self._streams[index].taken()
-        node.spans.append(Span("sampled", delta.tokens, delta.count, delta.text, delta.logprobs))
+        node.spans.append(Span("sampled", delta.tokens, delta.count, delta.text, delta.logprobs, delta.tempered))
         node.cached_tokens = delta.cached_tokens
         node.notes = delta.notes
         node.ended = run.clock.now() - run.began
@@ -132,18 +131,7 @@ class _Reading:
         node.finish_reason = delta.finish_reason
         if not report and delta.finish_reason == "cancelled":
             return
-        thread = self.grown[index] = _grown(self._threads[index], node, delta)
+        length = delta.count - delta.eos
+        thread = self.grown[index] = self._threads[index]._grown(node, length, delta.matched)
         if self._each is not None and report:
             self._each(index, thread)
-
-
-def _grown(thread: Thread, node: Node, delta: Delta) -> Thread:
-    length = delta.count - delta.eos
-    return thread._with(
-        _stem=Stem.at(thread._run, node, length),
-        path=tuple(node.path),
-        _node=node,
-        _length=length,
-        _before=thread._before + delta.text,
-        matched=delta.matched,
-    )

@@ -44,6 +44,11 @@ class Stem:
         stem._edges = [Edge(node.id, length)]
         return stem
 
+    @property
+    def known(self) -> list[Edge]:
+        """Its edges, if its text is in the graph already; else none."""
+        return self._edges or []
+
     async def edges(self) -> list[Edge]:
         """Context edges for what stands on this stem; the first call puts its text into the graph."""
         async with self._lock:
@@ -116,24 +121,37 @@ async def before_stop(run: Run, node: Node, stop: str | int) -> Cut:
     Raises:
         CapabilityError: the engine does not tell token ids.
     """
-    engine, sampled = run.engine_for(node.engine), node.spans[-1]
-    if Capability.CUT not in engine.capabilities or len(sampled.tokens) != sampled.count:
-        raise CapabilityError(f"{engine.name} does not tell token ids; local:PATH and sglang://HOST:PORT do")
+    sampled = _told(run, node)
     forced, last = len(node) - sampled.count, sampled.count - 1  # the last token completes the stop
+    if isinstance(stop, int):
+        return Cut(forced + last, await beginning(run, node, last), "")
+    wanted = sampled.text.partition(stop)[0]  # all of it if a special token that is not shown is the stop
+    for count in range(last, max(0, last - _TOKENS_A_CHARACTER * len(stop)), -1):
+        for skip in (True, False):  # whichever way the text was told
+            if wanted.startswith(kept := await beginning(run, node, count, skip=skip)):
+                return Cut(forced + count, kept, wanted[len(kept) :])
+    return Cut(forced, "", wanted)  # an odd text, whose tokens do not decode to it one by one
+
+
+async def beginning(run: Run, node: Node, count: int, *, skip: bool = True) -> str:
+    """Text of the first `count` tokens sampled into a node; without special tokens if `skip`.
+
+    Raises:
+        CapabilityError: the engine does not tell token ids.
+    """
+    engine, sampled = run.engine_for(node.engine), _told(run, node)
+    forced = len(node) - sampled.count
     given = [edge for edge in node.context if not forced]
     before = run.graph.nodes[given[0].parent].tokens[: given[0].length] if given else node.tokens[:forced]
     before = before[-_NEIGHBOURS:]
     with run.waiting_for(engine):
+        start = len(await engine.decode(before, skip_special_tokens=skip)) if before else 0
+        return (await engine.decode([*before, *sampled.tokens[:count]], skip_special_tokens=skip))[start:]
 
-        async def text(count: int, *, skip: bool = True) -> str:
-            start = len(await engine.decode(before, skip_special_tokens=skip)) if before else 0
-            return (await engine.decode([*before, *sampled.tokens[:count]], skip_special_tokens=skip))[start:]
 
-        if isinstance(stop, int):
-            return Cut(forced + last, await text(last), "")
-        wanted = sampled.text.partition(stop)[0]  # all of it if a special token that is not shown is the stop
-        for count in range(last, max(0, last - _TOKENS_A_CHARACTER * len(stop)), -1):
-            for skip in (True, False):  # whichever way the text was told
-                if wanted.startswith(kept := await text(count, skip=skip)):
-                    return Cut(forced + count, kept, wanted[len(kept) :])
-    return Cut(forced, "", wanted)  # an odd text, whose tokens do not decode to it one by one
+def _told(run: Run, node: Node) -> Span:
+    """What was sampled into a node, whose token ids are known."""
+    engine, sampled = run.engine_for(node.engine), node.spans[-1]
+    if Capability.CUT not in engine.capabilities or len(sampled.tokens) != sampled.count:
+        raise CapabilityError(f"{engine.name} does not tell token ids; local:PATH and sglang://HOST:PORT do")
+    return sampled

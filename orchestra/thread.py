@@ -15,7 +15,7 @@ from orchestra.outcome import Candidate, Outcome
 from orchestra.run import Path, Run, Watch, frontier, scope
 from orchestra.runtime.engine import Capability, Prompt, Sampling
 from orchestra.runtime.sampling import normal, settled
-from orchestra.stem import Later, Stem, Text, before_stop, copy, encode
+from orchestra.stem import Later, Stem, Text, before_stop, beginning, copy, encode
 from orchestra.threads import Threads
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ class Thread:
     def text(self) -> str:
         """All that stands after the prompt, forced and sampled."""
         self._touch()
+        return self._said
+
+    @property
+    def _said(self) -> str:
+        """The text; the program does not come after it by this."""
         return self._before + "".join(piece if isinstance(piece, str) else piece.text for piece in self._tail)
 
     @property
@@ -93,6 +98,11 @@ class Thread:
         return [value for span in self._sampled for value in span.logprobs]
 
     @property
+    def tempered(self) -> list[float]:
+        """Log-probability of each token of the last generation under the law that it was drawn from, if asked for."""
+        return [value for span in self._sampled for value in span.tempered]
+
+    @property
     def sampled_tokens(self) -> int:
         """Number of tokens of the last generation."""
         return sum(span.count for span in self._sampled)
@@ -100,6 +110,11 @@ class Thread:
     @property
     def _sampled(self) -> list[Span]:
         return [span for span in self._node.spans if span.origin == "sampled"] if self._node is not None else []
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What its engine can do."""
+        return self._run.engine_for(self._alias).capabilities
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -156,13 +171,25 @@ class Thread:
         thread.__dict__.update(changes)
         return thread
 
+    def _grown(self, node: Node, length: int, matched: str | int | None) -> Thread:
+        """This thread after a generation in `node`, of which it keeps the first `length` tokens."""
+        return self._with(
+            _stem=Stem.at(self._run, node, length),
+            path=tuple(node.path),
+            _tail=(),
+            _node=node,
+            _length=length,
+            _before=self._said + "".join(span.text for span in node.spans if span.origin == "sampled"),
+            matched=matched,
+        )
+
     @cached_property
     def _rooted(self) -> Thread:
         """This thread with its text put into a stem: the same one whoever asks, so that forks and joins share it."""
         if not self._tail:
             return self
         stem = Stem(self._run, (self._stem,), self._tail, self.path, self._alias)
-        return replace(self, _stem=stem, _tail=(), _before=self.text)
+        return replace(self, _stem=stem, _tail=(), _before=self._said)
 
     async def generate(self, *, watch: Watch | None = None, **sampling: Any) -> Thread:
         """Sample until a stop or a limit.
@@ -185,17 +212,7 @@ class Thread:
             done = await self._run.generate(edges, spans, self.path, self._alias, settings, watch)
         except BudgetExceeded as spent:
             raise BudgetCut(spent, self) from None
-        text = self.text + "".join(span.text for span in done.node.spans if span.origin == "sampled")
-        thread = replace(
-            self,
-            _stem=Stem.at(self._run, done.node, done.length),
-            path=tuple(done.node.path),
-            _tail=(),
-            _node=done.node,
-            _length=done.length,
-            _before=text,
-            matched=done.matched,
-        )
+        thread = self._grown(done.node, done.length, done.matched)
         if done.cut is not None:
             raise BudgetCut(done.cut, thread)
         return thread
@@ -236,6 +253,32 @@ class Thread:
             _tail=(cut.rest,) if cut.rest else (),
             _length=cut.length,
             _before=self.text.removesuffix(self.generated) + cut.kept,
+            matched=None,
+        )
+
+    async def cut(self, length: int) -> Thread:
+        """Go back to the first `length` tokens of the last generation, to generate anew from there.
+
+        What was sampled stays in the graph and counts; what comes next attends to no more than these tokens, and has a
+        fork path of its own. Until then the thread has no last generation. A character that the cut goes through is
+        shown as incomplete.
+
+        Raises:
+            UsageError: no generation has just ended here, or it has fewer tokens.
+            CapabilityError: the engine does not tell token ids.
+        """
+        if self._node is None or self._tail:
+            raise UsageError("cut() goes back from a generation that has just ended")
+        if not 0 <= length <= self.sampled_tokens:
+            raise UsageError(f"cut({length}) of a generation of {self.sampled_tokens} tokens")
+        self._touch()
+        return replace(
+            self,
+            _stem=Stem.at(self._run, self._node, len(self._node) - self.sampled_tokens + length),
+            path=self._run.fork_path(self.path),
+            _node=None,
+            _length=0,
+            _before=self.text.removesuffix(self.generated) + await beginning(self._run, self._node, length),
             matched=None,
         )
 
@@ -322,7 +365,7 @@ class Thread:
         for branch in branches:
             branch._touch()
         if how == "auto":
-            reuse = Capability.REUSE_JOIN in self._run.engine_for(self._alias).capabilities and bool(text)
+            reuse = Capability.REUSE_JOIN in self.capabilities and bool(text)
             how = "reuse" if reuse and branches else "recompute"
         base = self._rooted
         seen = "".join(branch.text.removeprefix(self.text) for branch in branches)

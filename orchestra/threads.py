@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from orchestra import siblings
+from orchestra import lockstep, siblings
 from orchestra.errors import UsageError
 from orchestra.group import gather, race
 from orchestra.outcome import Outcome
 from orchestra.siblings import Each
 
 if TYPE_CHECKING:
+    from orchestra.runtime.engine import Look
     from orchestra.strategies.base import Spec
     from orchestra.thread import Thread
 
@@ -45,6 +46,21 @@ class Threads(tuple["Thread", ...]):
             return grown
 
         return Threads(await gather([one(index, thread) for index, thread in enumerate(self)]))
+
+    async def generate_in_step(self, look: Look, **sampling: Any) -> Threads:
+        """Generate on all in lock-step: each step draws one token for each member that has not ended.
+
+        Args:
+            look: sees each step; once it returns True all members stop there (`finish_reason` is then `paused`). It is
+                called on the engine's thread, so it must be quick, and touch nothing but what belongs to it.
+            sampling: as for one thread.
+
+        Raises:
+            GroupCut: a budget ended it; the threads as they are then are its `threads`.
+            CapabilityError: the engine cannot.
+            UsageError: there are more threads than the engine can take, or they are of several engines.
+        """
+        return Threads(await lockstep.generate(self, self[0].sampling(**sampling), look)) if self else self
 
     async def run(self, strategy: Spec) -> list[Outcome]:
         """Run a strategy on each."""
@@ -80,7 +96,12 @@ class Threads(tuple["Thread", ...]):
         return await gather([thread.score(text) for thread in self])
 
     def resample(self, ancestors: Sequence[int]) -> Threads:
-        """New threads from the members with these indices (an index may occur often); nothing is copied."""
+        """New threads from the members with these indices (an index may occur often); nothing is copied.
+
+        They come after all members: who goes on may depend on all of them. What the engine keeps for members that do
+        not may go; they can be gone on from all the same.
+        """
         if any(not 0 <= a < len(self) for a in ancestors):
             raise UsageError(f"ancestors are indices 0..{len(self) - 1}, not {list(ancestors)}")
+        lockstep.resampled(self, ancestors)
         return Threads(self[a].fork(1)[0] for a in ancestors)

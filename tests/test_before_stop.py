@@ -159,3 +159,29 @@ def test_messages_of_a_strategys_own_get_the_runs_template_settings() -> None:
     engine = Chat(lambda *_: " x $")
     run(program, engine, [{"role": "user", "content": "q"}], template={"enable_thinking": False})
     assert templates == [{"enable_thinking": False}, {"enable_thinking": False}, {}, {"enable_thinking": False}]
+
+
+def test_a_cut_keeps_the_first_tokens_of_what_was_sampled(tiny: str) -> None:
+    from orchestra.runtime.local.engine import LocalEngine
+
+    async def program(thread: Thread) -> Thread:
+        said = await thread.append("so").generate(max_tokens=8, ignore_eos=True, temperature=1.0)
+        assert said._node is not None
+        forced = len(said._node) - 8
+        for length in (0, 3, 8):
+            back = await said.cut(length)
+            assert said.text.startswith(back.text.rstrip("\ufffd"))
+            assert (back.generated, back.finish_reason, back.matched, back.logprobs) == ("", None, None, [])
+            assert back.path != said.path
+            on = await back.generate(max_tokens=2, ignore_eos=True)
+            assert on._node is not None
+            assert on._node.context == [Edge(said._node.id, forced + length)]
+            assert on._node.start == said._node.start + forced + length
+        with pytest.raises(UsageError, match="cut\\(9\\) of a generation of 8 tokens"):
+            await said.cut(9)
+        with pytest.raises(UsageError, match="has just ended"):
+            await said.append("x").cut(1)
+        return on
+
+    outcome = run(program, LocalEngine(tiny), "the answer is")
+    assert outcome.usage.sampled_tokens == 8 + 3 * 2

@@ -411,7 +411,7 @@ def test_greedy_law_notices_a_wrong_token(tiny, monkeypatch):
 
     true = Batch.draw
 
-    def broken(self, logits, positions):
+    def broken(self, logits, positions, counts=()):
         return true(self, logits.roll(1, -1) if int(positions[0]) == 20 else logits, positions)
 
     monkeypatch.setattr(Batch, "draw", broken)

@@ -55,6 +55,8 @@ def test_streams_flow_through_nested_strategies_and_the_innermost_number_counts(
     beams = numbers(run(url, "parallel_streams(streams=2, drafts=beam_search(width=2))"))
     assert beams
     assert set(beams) == {2}
+    particles = run(url, "parallel_streams(streams=2, drafts=power_smc(particles=3, alpha=2))", ignore_eos=None)
+    assert set(numbers(particles)) == {2}  # in lock-step
     outcome = run(url, "pdr(widths=[2], k=1, distiller='random_k', drafts=parallel_streams(streams=4))")
     assert set(numbers(outcome)) == {4}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph, View
 from orchestra.runtime.clock import REAL, Clock
@@ -72,11 +72,11 @@ class Delta:
         text: their text. Held back while a character is incomplete.
         logprobs: raw log-probabilities of the sampled tokens (nats, temperature 1, nothing truncated).
         top: per token the alternatives `{id: raw logprob}`, when asked for.
-        finish_reason: set on the last delta: `stop`, `length` or `cancelled`.
+        finish_reason: set on the last delta: `stop`, `length`, `cancelled`, or `paused` (see `generate_in_step`).
         matched: the stop string or id that ended it; None for end-of-sequence.
         eos: the last token is the model's end-of-sequence: it is counted, but not part of the text.
         cached_tokens: context tokens that were on the engine before this request.
-        tempered: `logprobs` under softmax(logits / temperature) instead, where the engine knows it.
+        tempered: the same under the law that the tokens were drawn from, when asked for.
         views: with the last delta of a concurrent node: what its tokens read, for `Node.views`.
         notes: what the engine knows besides, for `Node.notes` (JSON values).
     """
@@ -108,6 +108,29 @@ class Delta:
         self.cached_tokens += later.cached_tokens
         self.views += later.views
         self.notes.update(later.notes)
+
+
+class Step(NamedTuple):
+    """What the members of a lock-step group have drawn in one step.
+
+    Attributes:
+        members: those that drew, by index, ascending; the others have ended.
+        tokens: their tokens.
+        logprobs: the raw log-probabilities.
+        tempered: those under the laws that they were drawn from; nan if not asked for.
+        ended: whether the generation ended with this token.
+    """
+
+    members: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    tempered: list[float]
+    ended: list[bool]
+
+
+Look = Callable[[Step], bool]
+"""Sees each step of a lock-step group; True stops all members there. Called on the engine's own thread, between two of
+its steps: it must be quick, and touch nothing but what belongs to it."""
 
 
 class Gang(abc.ABC):
@@ -290,6 +313,23 @@ class Engine(abc.ABC):
     def generate_group(self, requests: Sequence[Request]) -> list[Stream]:
         """Start generations that differ in nothing but their node and path; engines may serve them together."""
         return [self.generate(request) for request in requests]
+
+    def generate_in_step(self, requests: Sequence[Request], look: Look) -> list[Stream]:
+        """Start generations that advance together, one token each a step, until they end or `look` stops them.
+
+        None of them has forced tokens. Those that end leave the others to go on; those that are stopped end with
+        `finish_reason` `paused`.
+
+        Raises:
+            CapabilityError: the engine cannot.
+            UsageError: they are too many.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(f"{self.name} cannot advance generations in lock-step; local:PATH can")
+
+    def forget(self, graph: ThreadGraph, nodes: Iterable[int]) -> None:
+        """A hint: nobody is likely to read these nodes again, what is kept of them may go. They can be read still."""
 
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
         """A new gang of a run; it begins when `members` generations have been asked for with it.

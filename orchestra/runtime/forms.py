@@ -39,7 +39,7 @@ _PROCESS = {
 _WITH_KEY = "a file with the API key; else it is taken from the environment:"
 _TOKENS = "continue, cut, logprobs, score"
 _STEER = "penalties, logit_bias, grammar"
-_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join, concurrent_cache, streams"
+_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join, concurrent_cache, lock_step, tempered, streams"
 ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "demo",

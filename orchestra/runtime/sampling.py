@@ -21,6 +21,8 @@ class Capability(StrEnum):
     LOGPROBS = "logprobs"  # raw log-probabilities of sampled tokens
     TOP_LOGPROBS = "top_logprobs"  # and of the most likely alternatives
     SCORE = "score"  # log-probabilities of given text
+    TEMPERED = "tempered"  # log-probabilities of sampled tokens under the law that they were drawn from
+    LOCK_STEP = "lock_step"  # generations that advance together, seen and stopped between two steps; powers
     SEED = "seed"  # sampling is a function of (seed, fork path, position)
     CUT = "cut"  # a thread may leave a node in the middle
     REUSE_JOIN = "reuse_join"  # branches become context of one node, nothing is recomputed
@@ -53,6 +55,10 @@ class Sampling:
         ignore_eos: go on after the model's end-of-sequence token.
         logprobs: report log-probabilities; engines for which they cost nothing always do.
         top_logprobs: how many alternatives to report per token.
+        tempered: report, beside the log-probabilities, those under the law that the tokens were drawn from: after
+            temperature and truncation. (SGLang leaves truncation out.)
+        powers: in place of a temperature, exponents of the successive tokens: token i is drawn from
+            softmax(powers[i] * log p), and the last exponent goes on.
         skip_special_tokens: leave special tokens out of the text. Models whose tags are special tokens need False. The
             text of an end-of-sequence token is left out in either case.
         frequency_penalty: subtracted from a token's logit once for each time it was sampled.
@@ -78,6 +84,8 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    tempered: bool = False
+    powers: tuple[float, ...] = ()
     skip_special_tokens: bool = True
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -89,24 +97,31 @@ class Sampling:
 
     @property
     def needs(self) -> frozenset[Capability]:
-        """What an engine must be able to do to give the logits that are asked for; empty for a plain model's own."""
+        """What an engine must be able to do to draw as asked, beyond temperature and truncation."""
         asked = {
             Capability.PENALTIES: self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1,
             Capability.LOGIT_BIAS: self.logit_bias,
             Capability.GRAMMAR: self.json_schema is not None or self.regex is not None,
+            Capability.LOCK_STEP: self.powers,
             Capability.STREAMS: self.streams not in (None, 1),
         }
         return frozenset(capability for capability, given in asked.items() if given)
 
     @property
     def steers(self) -> bool:
-        """Whether the logits are changed; else they are the model's own, be it with streams."""
-        return not self.needs <= {Capability.STREAMS}
+        """Whether the logits are changed, beyond temperature, powers and truncation; streams are the model's own."""
+        return not self.needs <= {Capability.LOCK_STEP, Capability.STREAMS}
 
     @property
     def remembers(self) -> bool:
         """Whether what may come next depends on what the generation has sampled, beyond what the model sees of it."""
         return not self.needs <= {Capability.LOGIT_BIAS, Capability.STREAMS}
+
+    def power(self, index: int) -> float:
+        """The exponent of token `index` of the generation: the inverse temperature; infinite if it is greedy."""
+        if self.powers:
+            return self.powers[min(index, len(self.powers) - 1)]
+        return 1 / self.temperature if self.temperature else math.inf
 
 
 def settled(values: Mapping[str, Any]) -> Sampling:
@@ -127,9 +142,9 @@ def settled(values: Mapping[str, Any]) -> Sampling:
 def normal(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values as `Sampling` holds them: of single stop strings, mappings of biases, schemas as dict, model or text."""
     values = dict(values)
-    for key in ("stop", "stop_ids"):
+    for key in ("stop", "stop_ids", "powers"):
         if key in values:
-            values[key] = (values[key],) if isinstance(values[key], str | int) else tuple(values[key])
+            values[key] = (values[key],) if isinstance(values[key], str | int | float) else tuple(values[key])
     if "logit_bias" in values:
         values["logit_bias"] = _bias(values["logit_bias"])
     if "json_schema" in values:
@@ -176,6 +191,8 @@ def check(sampling: Sampling) -> str | None:
         return f"min_p must be between 0 and 1, got {sampling.min_p}"
     if sampling.top_logprobs < 0:
         return f"top_logprobs must be 0 or more, got {sampling.top_logprobs}"
+    if any(not 0 < power < math.inf for power in sampling.powers):
+        return f"powers must be above 0, got {min(sampling.powers)}"
     if any(not stop for stop in sampling.stop):
         return "an empty stop string would end every generation at once"
     for name in ("frequency_penalty", "presence_penalty"):

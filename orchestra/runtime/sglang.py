@@ -55,7 +55,8 @@ class SGLangEngine(RemoteEngine):
     """
 
     capabilities = frozenset(
-        {Capability.CONTINUE, Capability.LOGPROBS, Capability.TOP_LOGPROBS, Capability.SCORE, Capability.CUT}
+        {Capability.CONTINUE, Capability.CUT, Capability.LOGPROBS, Capability.TOP_LOGPROBS, Capability.SCORE}
+        | {Capability.TEMPERED}
         | {Capability.PENALTIES, Capability.LOGIT_BIAS, Capability.GRAMMAR}
     )
 
@@ -217,6 +218,8 @@ class SGLangEngine(RemoteEngine):
             self._give(sample, delta)
 
     def _give(self, sample: Sample, delta: Delta) -> None:
+        if not sample.request.sampling.tempered:
+            delta.tempered = []
         self._contexts.saw(delta.tokens)
         super()._give(sample, delta)
 

@@ -13,6 +13,8 @@ from orchestra.strategies.hogwild import Hogwild
 from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.parallel_streams import ParallelStreams
 from orchestra.strategies.pdr import Pdr
+from orchestra.strategies.power_mh import PowerMh
+from orchestra.strategies.power_smc import PowerSmc
 from orchestra.strategies.refine import Refine
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.scorers import Scorer
@@ -31,6 +33,8 @@ __all__ = [
     "MapReduce",
     "ParallelStreams",
     "Pdr",
+    "PowerMh",
+    "PowerSmc",
     "Refine",
     "Sample",
     "Scorer",

@@ -67,6 +67,7 @@ class ScriptedEngine(Engine):
     name = "scripted"
     capabilities = frozenset(Capability) - {
         Capability.SCORE,
+        Capability.LOCK_STEP,
         Capability.TOP_LOGPROBS,
         Capability.PENALTIES,
         Capability.LOGIT_BIAS,
@@ -184,6 +185,8 @@ class ScriptedEngine(Engine):
         self._sampled += 1
         playing.text += text
         delta = Delta([self._id(text)], 1, text, [top.get(word, -1.0)], eos=eos and not text)
+        if sampling.tempered:
+            delta.tempered = list(delta.logprobs)
         if self._top is not None and sampling.top_logprobs:
             best = sorted(top, key=lambda word: -top[word])[: sampling.top_logprobs]
             delta.top = [{self._id(word): top[word] for word in best}]

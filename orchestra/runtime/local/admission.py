@@ -8,7 +8,8 @@ It keeps its tokens, waits in line at its place, and goes on by computing them a
 This cannot deadlock. A stretch is read only by work that came after the generation that fills it, so the youngest has
 no reader, and the oldest is never preempted for another but by the end of one that it reads. When nothing else is
 admitted everything else can be evicted; what does not fit then is refused. Members of a gang do not
-give way, because what they have read was there only once; a gang that is too large for the limit alone exceeds it.
+give way, because what they have read was there only once, nor do those of a lock-step group, for which the others would
+wait; a gang that is too large for the limit alone exceeds it, a group is refused as a whole.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Admission:
         self.waiting.pop(work, None)
         self.entering.pop(work, None)
         state = work.state
-        if (work.slab is not None and work.fed) or state.pinned:
+        if (work.slab is not None and (work.fed or work.group is not None)) or state.pinned:
             size = len(state.tokens) * self.memory.token_bytes
             while not (found := self._find(lambda: size)) and state.pinned:
                 victim = self._youngest()
@@ -103,28 +104,29 @@ class Admission:
             need = self._enter(work)
             if need and self._youngest() is not None:
                 return  # those that are in will end, and free what they hold
-            if need and self.admitted and not (isinstance(work, Job) and work.gang is not None):
-                return  # gangs are in
+            if need and self.admitted and not (isinstance(work, Job) and work.team is not None):
+                return  # teams are in
             if need:
                 what = "a generation" if isinstance(work, Job) else "a scoring"
                 error = f"{what} needs {need} bytes of keys and values for itself; the limit is {self.memory.limit}"
                 self._refuse(work, EngineError(f"{error} (memory=)"))
 
     def _next(self) -> list[Job]:
-        """The generations for which there is room in the batch; a gang comes in as a whole."""
+        """The generations for which there is room in the batch; a team comes in as a whole."""
         inside = [work for work in self.admitted if isinstance(work, Job)]
-        gangs = {job.gang for job in inside if job.gang is not None}
-        free = self.max_batch - sum(job.gang is None for job in inside) - sum(gang.members for gang in gangs)
-        if not any(job.gang is not None for job in self.waiting):
+        teams = {job.team for job in inside if job.team is not None}
+        free = self.max_batch - sum(job.team is None for job in inside) - sum(team.members for team in teams)
+        if not any(job.team is not None for job in self.waiting):
             return list(islice(self.waiting, max(0, free)))
-        found = [job for job in self.waiting if job.gang in gangs]  # the others of their gang wait for them
+        found = [job for job in self.waiting if job.team in teams]  # the others of their team wait for them
+        early = set(found)
         for job in self.waiting:
-            if job.gang is None:
+            if job.team is None:
                 free -= 1
-            elif job.gang not in gangs:
-                free -= job.gang.members
-                gangs.add(job.gang)
-            elif job in found:
+            elif job.team not in teams:
+                free -= job.team.members
+                teams.add(job.team)
+            elif job in early:
                 continue
             if free < 0:
                 break
@@ -148,8 +150,8 @@ class Admission:
                 elif (victim := self._youngest()) is not None:
                     self._preempt(victim)
                 else:
-                    error = f"a gang needs {need()} bytes more of keys and values; the limit is {self.memory.limit}"
-                    self._refuse(job, EngineError(f"{error} (memory=)"))
+                    error = f"generations in lock-step need {need()} bytes more of keys and values"
+                    self._refuse(job, EngineError(f"{error}; the limit is {self.memory.limit} (memory=)"))
 
     def demand(self, need: int) -> None:
         """Free so many bytes for a gang, which does not wait; between two steps. If all others are out, that is all."""
@@ -213,8 +215,8 @@ class Admission:
         return False
 
     def _youngest(self) -> Work | None:
-        """Who gives way next. Members of gangs do not: what they have read was there only once."""
-        able = [work for work in self.admitted if isinstance(work, Score) or work.gang is None]
+        """Who gives way next. Members of a team do not: the others would wait for them."""
+        able = [work for work in self.admitted if isinstance(work, Score) or work.team is None]
         return max(able, key=lambda work: work.number, default=None)
 
     def _preempt(self, work: Work) -> None:

@@ -165,7 +165,7 @@ class Cache:
             else:
                 job.copied.append((state, length))
                 room -= length
-        return sum(length for _, length in job.copied) + job.given + 1
+        return sum(length for _, length in job.copied) + (job.pending is not None) + job.given + 1
 
     def place(self, job: Job) -> None:
         """Give a generation its slot; see `layout`."""
@@ -184,7 +184,24 @@ class Cache:
             slab.values[:, job.slot, :, at : at + length] = values
             at += length
         slab.used[job.slot] = tokens
+        if job.pending is not None:
+            slab.token[job.slot], slab.position[job.slot] = job.pending, state.start - 1
         self.drop(state)
+
+    def inherit(self, job: Job) -> None:
+        """The slot has fed the token before a generation's first: it is part of the head, and of its own stretch."""
+        state, slab, at = job.heir, job.slab, job.head
+        assert state is not None
+        assert slab is not None
+        if state.computed < state.room and state.computed == job.state.start - 1 - state.start:
+            assert state.segment is not None
+            state.segment.keys[:, :, state.computed] = slab.keys[:, job.slot, :, at]
+            state.segment.values[:, :, state.computed] = slab.values[:, job.slot, :, at]
+            state.computed += 1
+        else:
+            self.tokens -= 1  # a copy
+        job.head += 1
+        job.pending = job.heir = None
 
     def seal(self, job: Job) -> None:
         """Move what a generation computed from its slot to a segment of the stretch's size."""
@@ -313,6 +330,14 @@ class Cache:
         for each in gone:
             self.drop(each)
             each.parent, each.branches = None, {}
+
+    def forget(self, run: Run, nodes: Iterable[int]) -> None:
+        """Drop what nodes have that nobody reads, or is about to."""
+        for i in nodes:
+            for piece in run.nodes[i].pieces if i in run.nodes else ():
+                state = piece.state
+                if not state.readers and state.job is None and set(state.holders) <= {run}:
+                    self.drop(state)
 
     def _count_kept(self, state: NodeState, sign: int) -> None:
         assert state.segment is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple
 from functools import partial
@@ -17,12 +17,13 @@ from orchestra.errors import CapabilityError, EngineError, OrchestraError, Promp
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Delta, Engine, Gang, Load, Prompt, Request, Sampling, Stream
+from orchestra.runtime.engine import Capability, Delta, Engine, Gang, Load, Look, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.grammar import Grammars
 from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.lockstep import LockStep
 from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, load_plain
 from orchestra.runtime.local.nodes import Snapshot, snapshot
 from orchestra.runtime.local.prompts import Prompts
@@ -166,13 +167,18 @@ class LocalEngine(Engine):
         try:
             model, prompts, worker = self._open(request.sampling.streams)
             job = self._job(request, stream, model, prompts, worker)
-            if model.streams is not None:
-                stream.push(Delta(notes={"streams": model.streams.streams}))
+            self._note(stream, model)
             worker.submit(job)
             started = worker, job
         except OrchestraError as error:
             stream.fail(error)
         return stream
+
+    @staticmethod
+    def _note(stream: Stream, model: LoadedModel) -> None:
+        """Say in how many streams a generation is computed."""
+        if model.streams is not None:
+            stream.push(Delta(notes={"streams": model.streams.streams}))
 
     def _job(self, request: Request, stream: Stream, model: LoadedModel, prompts: Prompts, worker: Worker) -> Job:
         graph, node, sampling = request.graph, request.node, request.sampling
@@ -221,6 +227,39 @@ class LocalEngine(Engine):
             gang=request.gang if isinstance(request.gang, LocalGang) else None,
             steering=self._steering(sampling, model, prompts),
         )
+
+    def generate_in_step(self, requests: Sequence[Request], look: Look) -> list[Stream]:
+        """See `Engine.generate_in_step`; at most `max_batch`, all in one number of streams."""
+        numbers = {request.sampling.streams for request in requests}
+        if len(numbers) > 1:
+            raise UsageError("generations in lock-step have one number of streams")
+        model, prompts, worker = self._open(next(iter(numbers), None))
+        if len(requests) > (most := self._scheduling[1]):
+            raise UsageError(f"{len(requests)} generations in lock-step; {self.name} takes {most} (max_batch=)")
+        group = LockStep(look)
+        jobs: list[Job] = []
+        streams = []
+
+        def cancel(index: int) -> None:
+            if index < len(jobs):
+                worker.cancel(jobs[index])
+
+        for index, request in enumerate(requests):
+            streams.append(Stream(partial(cancel, index), request.chunk))
+            job = self._job(request, streams[-1], model, prompts, worker)
+            self._note(streams[-1], model)
+            if job.nodes[-1].tokens:
+                raise UsageError("generations in lock-step begin with a sampled token, not with text")
+            job.group, group.jobs[job] = group, index
+            jobs.append(job)
+        worker.submit_together(jobs)
+        return streams
+
+    def forget(self, graph: ThreadGraph, nodes: Iterable[int]) -> None:
+        """See `Engine.forget`."""
+        known = list(nodes)
+        for worker in list(self._workers.values()):
+            worker.forget(graph, known)
 
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
         """See `Engine.gang`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import NamedTuple
 
 from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.lockstep import LockStep
 from orchestra.runtime.local.nodes import Context
 from orchestra.runtime.local.pack import Pack
 
@@ -31,11 +32,14 @@ def feed_forced(pack: Pack, prefilling: Iterable[Job]) -> set[Job]:
     return silent
 
 
-def feed_starts(pack: Pack, candidates: list[Job]) -> list[tuple[Job, int]]:
-    """Compute missing context; returns those whose first token can be drawn, with the row that predicts it."""
+def feed_starts(pack: Pack, candidates: list[Job], complete: Container[LockStep]) -> list[tuple[Job, int]]:
+    """Compute missing context; returns those whose first token can be drawn, with the row that predicts it.
+
+    Members of a group start only if it is `complete`.
+    """
     starts = []
     for job in candidates:
-        if feed_context(pack, job.context) and not job.given:
+        if feed_context(pack, job.context) and not job.given and (job.group is None or job.group in complete):
             starts.append((job, _predictor(pack, job)))
     return starts
 

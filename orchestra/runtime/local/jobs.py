@@ -21,6 +21,7 @@ from orchestra.runtime.local.steering import Steering
 
 if TYPE_CHECKING:
     from orchestra.runtime.local.gang import LocalGang
+    from orchestra.runtime.local.lockstep import LockStep
 
 
 @dataclass(slots=True, eq=False)
@@ -54,9 +55,12 @@ class Job:
         fed: how many of the stretch's tokens have keys and values in the slot.
         sampled: how many tokens were drawn; `sent` of them have been delivered, `shown` were decoded.
         piece: text not delivered yet; `told` is the end of the text that was.
-        logprobs, top: of the tokens not delivered yet.
+        logprobs, tempered, top: of the tokens not delivered yet.
         cached: context tokens that were on the engine when the job came.
         gang: of a concurrent node.
+        group: of generations in lock-step.
+        pending: the token before the first one, if the slot is to feed that as well; see `feed_predictor`.
+        heir: the stretch that the token belongs to, which gets its keys and values.
         views: of a concurrent node, so far; `expected` is what its next token reads if nothing changes.
         done: it has ended; nothing more may be sent.
         steering: penalties, bias and grammar; None for the model's own distribution.
@@ -77,6 +81,9 @@ class Job:
     detokenizer: Detokenizer
     finder: Finder | None
     gang: LocalGang | None = None
+    group: LockStep | None = None
+    pending: int | None = None
+    heir: NodeState | None = None
     number: int = 0
     state: NodeState = field(init=False)
     context: Context = field(default_factory=list)
@@ -97,6 +104,7 @@ class Job:
     piece: str = ""
     told: str = ""
     logprobs: list[float] = field(default_factory=list)
+    tempered: list[float] = field(default_factory=list)
     top: list[Mapping[int, float]] = field(default_factory=list)
     cached: int = 0
     views: list[Concurrent] = field(default_factory=list)
@@ -104,13 +112,33 @@ class Job:
     done: bool = False
     steering: Steering | None = None
 
-    def accept(self, token: int, logprob: float, top: Mapping[int, float] | None) -> Delta | None:
+    @property
+    def team(self) -> LocalGang | LockStep | None:
+        """Whom it goes on with: they are admitted as a whole, and do not give way."""
+        return self.gang or self.group
+
+    def feed_predictor(self) -> None:
+        """Have the slot feed the token that predicts the first one, if that is all that misses keys and values.
+
+        So a group that goes on where it was stopped begins with an ordinary step of its slots. To compute each of the
+        tokens where it belongs would take a call for each.
+        """
+        state, index = self.predictor or (self.state, -1)
+        if index == state.done < state.room and self.context[-1] == (state, index + 1):
+            self.pending, self.heir, self.predictor = state.tokens[index], state, None
+            self.context[-1:] = [(state, index)] if index else []
+
+    def accept(
+        self, token: int, logprob: float, top: Mapping[int, float] | None = None, tempered: float | None = None
+    ) -> Delta | None:
         """Take a drawn token; returns the delta to deliver when a chunk is full or the generation ends."""
         self.state.tokens.append(token)
         self.sampled += 1
         self.logprobs.append(logprob)
         if top is not None and self.sampling.top_logprobs:
             self.top.append(top)
+        if tempered is not None and self.sampling.tempered:
+            self.tempered.append(tempered)
         end = self.ends.get(token)
         if self.endings is not None and token in self.endings and (end is None or not end[1]):
             matched = self._show()
@@ -150,9 +178,11 @@ class Job:
     def _delta(self, reason: str | None = None, matched: str | int | None = None, eos: bool = False) -> Delta:
         tokens = self.state.tokens[self.forced + self.sent : self.forced + self.sampled]
         delta = Delta(tokens, len(tokens), self.piece, self.logprobs, self.top, reason, matched, eos, self.cached)
+        delta.tempered = self.tempered
         if self.finder is not None and self.finder.keep:
             self.told = (self.told + self.piece)[-self.finder.keep :]
         self.sent, self.piece, self.logprobs, self.top, self.cached = self.sampled, "", [], [], 0
+        self.tempered = []
         return delta
 
 

@@ -8,6 +8,7 @@ is in the batch, the order of arrival or the number of steps cannot change a res
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -32,6 +33,7 @@ _S30, _S27, _S31 = (np.uint64(n) for n in (30, 27, 31))
 # Numbers that stay in the processor's cache: a large vocabulary times batch would go through memory ten times.
 _BLOCK = 32768
 _SORTED = 1024  # vocabularies that are sorted as they are
+_STEEPEST = 1e30  # so that no product is infinite
 _LEAST, _MOST = np.float32(2.0**-65), np.float32(1 - 2.0**-24)
 
 
@@ -104,14 +106,19 @@ def _gumbel(words: Words) -> Floats:
 
 
 class Drawn(NamedTuple):
-    """One token per row, its raw log-probability (nats), and the alternatives of rows that asked for them.
+    """One token per row, its raw log-probability (nats), and what rows asked for besides.
 
     A token is -1 where its row's `Steering` leaves none.
+
+    Attributes:
+        top: the alternatives of each row.
+        tempered: log-probability under the law that it was drawn from; nan for rows that did not ask.
     """
 
     tokens: list[int]
     logprobs: list[float]
     top: list[Mapping[int, float]] | None
+    tempered: list[float] | None
 
 
 class Batch:
@@ -122,6 +129,7 @@ class Batch:
         steerings: what changes a row's logits; none for all rows by default.
 
     Attributes:
+        counts: some rows' exponents depend on how many tokens they have sampled.
         warm: rows that are drawn from all of their own distribution, together.
         single: rows that are truncated or steered, one by one.
     """
@@ -134,60 +142,91 @@ class Batch:
         warm = []
         for row, (sampling, steering) in enumerate(zip_longest(samplings, steerings)):
             truncated = sampling.top_k or sampling.top_p < 1 or sampling.min_p
-            if steering is not None or (truncated and sampling.temperature):
+            drawn = sampling.power(0) < math.inf
+            if steering is not None or (truncated and drawn):
                 self.single.append((row, steering))
-            elif sampling.temperature:
+            elif drawn:
                 warm.append(row)
         self.warm = np.array(warm, np.int64)
-        self.temperature = np.array([samplings[row].temperature for row in warm], np.float32)[:, None]
+        self._power = np.array([min(samplings[row].power(0), _STEEPEST) for row in warm], np.float32)[:, None]
+        self._ramps = [(i, row) for i, row in enumerate(warm) if len(samplings[row].powers) > 1]
+        self.counts = any(len(sampling.powers) > 1 for sampling in samplings)
+        self.tempered = np.flatnonzero([sampling.tempered for sampling in samplings])
         self.keys = np.array([keys[row] for row in warm], np.uint64)
         self.alternatives = [s.top_logprobs for s in samplings]
         self.most = max(self.alternatives, default=0)
 
-    def draw(self, logits: Tensor, positions: Ints) -> Drawn:
+    def draw(self, logits: Tensor, positions: Ints, counts: Sequence[int] = ()) -> Drawn:
         """Draw one token per row.
 
         Args:
             logits: `[rows, vocabulary]`.
             positions: position of the token to be drawn, `[rows]`.
+            counts: tokens that the row's generation has sampled, `[rows]`; those with `powers` need it.
         """
+        for i, row in self._ramps:
+            self._power[i] = self._samplings[row].power(counts[row])
         raw = logits.float().log_softmax(-1)
         table: Floats = raw.cpu().numpy()
         tokens = table.argmax(-1)  # numpy's argmax: the lowest id on ties
+        tempered = np.zeros(len(table), np.float32) if len(self.tempered) else None  # what is greedy is certain
         if len(self.warm):
-            scores = (table if len(self.warm) == len(table) else table[self.warm]) / self.temperature
-            scores += gumbel(self.keys, positions[self.warm], table.shape[1])
-            tokens[self.warm] = scores.argmax(-1)
+            scores = (table if len(self.warm) == len(table) else table[self.warm]) * self._power
+            normaliser = None if tempered is None else _log_sum(scores)
+            noise = gumbel(self.keys, positions[self.warm], table.shape[1])
+            noise += scores
+            tokens[self.warm] = drawn = noise.argmax(-1)
+            if tempered is not None:
+                tempered[self.warm] = scores[np.arange(len(drawn)), drawn] - normaliser
         if self.single:
-            self._draw_single(logits, table, positions, tokens)
+            self._draw_single(logits, table, positions, counts, tokens, tempered)
         top: list[Mapping[int, float]] | None = None
         if self.most:
             best = raw.topk(min(self.most, raw.shape[1]), -1)
             ids, values = best.indices.tolist(), best.values.tolist()
             top = [dict(zip(i[:n], v[:n], strict=True)) for i, v, n in zip(ids, values, self.alternatives, strict=True)]
-        return Drawn(tokens.tolist(), table[np.arange(len(table)), tokens].tolist(), top)
+        logprobs = table[np.arange(len(table)), tokens].tolist()
+        return Drawn(tokens.tolist(), logprobs, top, None if tempered is None else tempered.tolist())
 
-    def _draw_single(self, logits: Tensor, table: Floats, positions: Ints, tokens: Ints) -> None:
-        """Draw the `single` rows into `tokens`; -1 where nothing is left."""
+    def _draw_single(
+        self,
+        logits: Tensor,
+        table: Floats,
+        positions: Ints,
+        counts: Sequence[int],
+        tokens: Ints,
+        tempered: Floats | None,
+    ) -> None:
+        """Draw the `single` rows into `tokens`, -1 where nothing is left, and `tempered`."""
         rows, ids, values = [], [], []
         for row, steering in self.single:
-            scores, temperature = table[row], self._samplings[row].temperature
+            scores, power = table[row], self._samplings[row].power(counts[row] if counts else 0)
             if steering is not None:
                 # The repetition penalty sees logits, not log-probabilities: it is not the same after a shift.
                 scores = steering.apply(logits[row].float().cpu().numpy())
                 best = int(scores.argmax())
                 tokens[row] = best if scores[best] > -np.inf else -1
-                if not temperature or tokens[row] < 0:
+                if power == math.inf or tokens[row] < 0:
                     continue
                 scores -= scores[best]  # so that a small temperature does not take them out of float32
-            scores = scores / np.float32(temperature)
+            scores = scores * np.float32(min(power, _STEEPEST))
             rows.append(row)
             ids.append(kept(scores, self._samplings[row]))
             values.append(scores[ids[-1]])
         if rows:
             keys = np.array([self._keys[row] for row in rows], np.uint64)
             for row, some, value, noise in zip(rows, ids, values, gumbel_of(keys, positions[rows], ids), strict=True):
-                tokens[row] = some[(value + noise).argmax()]
+                chosen = (value + noise).argmax()
+                tokens[row] = some[chosen]
+                if tempered is not None:
+                    tempered[row] = value[chosen] - _log_sum(value)
+
+
+def _log_sum(scores: Floats) -> Floats:
+    """The log of the sum of exponentials over the last dimension."""
+    best = scores.max(-1)
+    total: Floats = np.log(np.exp(scores - best[..., None]).sum(-1)) + best
+    return total
 
 
 def kept(scores: Floats, sampling: Sampling) -> Ints:

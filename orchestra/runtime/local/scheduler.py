@@ -6,6 +6,8 @@ that somebody waits for (ancestors first, each once), and echoes of predecessors
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Container
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from orchestra.runtime.local.feeding import Wanted, feed_context, feed_forced, f
 from orchestra.runtime.local.gang import LocalGang
 from orchestra.runtime.local.integrity import check_integrity
 from orchestra.runtime.local.jobs import Job, Score
+from orchestra.runtime.local.lockstep import LockStep
 from orchestra.runtime.local.model import LoadedModel
 from orchestra.runtime.local.pack import Pack
 from orchestra.runtime.local.sampler import Batch, log_probabilities
@@ -55,6 +58,7 @@ class Scheduler:
         cache, arena, runs: what is on the engine.
         admission, waiting, scores: who may hold memory, and who waits for it.
         sampled, computed: the counters of `Load`.
+        paused: identities of the graphs of groups that were stopped, and will want their slots again.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Scheduler:
         self.outbox: list[tuple[Job, Delta | EngineError]] = []
         self.sampled = self.computed = 0
         self.gangs: dict[LocalGang, None] = {}
+        self.paused: set[int] = set()
         self._prefilling: list[Job] = []
         self._stable: Stable | None = None
 
@@ -90,6 +95,8 @@ class Scheduler:
         if state is None:
             job.done = True
             self.outbox.append((job, EngineError(f"node {job.nodes[-1].id} is being generated already")))
+            if job.group is not None:
+                job.group.leave(job)
             return
         place = run.nodes[job.nodes[-1].id]
         job.state, job.forced = state, len(state.tokens)
@@ -101,6 +108,8 @@ class Scheduler:
                 before = place.pieces[-2].state, place.pieces[-2].end
             assert before is not None  # the first token of a root, and of a join, is forced
             job.predictor = before[0], before[1] - 1
+            if job.group is not None:
+                job.feed_predictor()
         state.job = job
         self.admission.arrive(job)
 
@@ -147,6 +156,7 @@ class Scheduler:
                 self.cancel(job)
         self.close_gangs([gang for gang in self.gangs if gang.graph is graph])
         self.cache.release(run)
+        self.paused.discard(id(graph))
         self.arena.trim()
         self._stable = None
 
@@ -183,7 +193,7 @@ class Scheduler:
                 self.admission.demand(need)
         if self.admission.changed:
             self._prefilling = [job for job in self._prefilling if job.slab is not None]
-        candidates = self._start()
+        candidates, complete = self._start()
         if self.admission.changed:
             self._stable, self.admission.changed = None, False
         pack = Pack(self.memory, self.kernel, self.prefill, self.model.rotary)
@@ -191,7 +201,7 @@ class Scheduler:
             if slab.jobs and (slab.gang is None or self._ready(slab.gang, pack)):
                 pack.add_slab(slab)
         silent = feed_forced(pack, self._prefilling)
-        starts = feed_starts(pack, candidates)
+        starts = feed_starts(pack, candidates, complete)
         wanted = feed_scores(pack, self.scores)
         if not pack.rows:
             return False
@@ -233,20 +243,26 @@ class Scheduler:
         gang.feed(pack)
         return True
 
-    def _start(self) -> list[Job]:
+    def _start(self) -> tuple[list[Job], Container[LockStep]]:
         """Place generations with tokens to be fed and a computed context.
 
         Returns:
-            Those that may start in this step otherwise, or have context to be computed; in order of arrival.
+            Those that may start in this step otherwise, or have context to be computed, in order of arrival; and the
+            groups that may.
         """
         candidates = []
-        for job in sorted(self.admission.entering, key=lambda job: job.number):
-            if job.given and all(state.done >= n for state, n in job.context):
+        entering = sorted(self.admission.entering, key=lambda job: job.number)
+        ready = {job for job in entering if all(state.done >= n for state, n in job.context)}
+        counts = Counter(job.group for job in ready if job.group is not None)
+        complete = {group for group, n in counts.items() if n == group.members}
+        for job in entering:
+            if job in ready and (job.given or (job.pending is not None and job.group in complete)):
                 self._place(job)
-                self._prefilling.append(job)
+                if job.given:
+                    self._prefilling.append(job)
             else:
                 candidates.append(job)
-        return candidates
+        return candidates, complete
 
     def _place(self, job: Job) -> None:
         self._stable = None
@@ -258,13 +274,16 @@ class Scheduler:
         self._stable = None
         if job in self._prefilling:
             self._prefilling.remove(job)
+        if job.group is not None:
+            job.group.leave(job)
         self.admission.leave(job)
 
     def _refuse(self, work: Work, error: EngineError) -> None:
         """End what can never fit into memory."""
         if isinstance(work, Job):
-            self.outbox += [(work, work.finish(None)), (work, error)]
-            self._retire(work)
+            for job in [work] if work.group is None else list(work.group.jobs):
+                self.outbox += [(job, job.finish(None)), (job, error)]
+                self._retire(job)
             return
         self._end_score(work)
         with suppress(InvalidStateError):  # its reader has been cancelled
@@ -292,7 +311,10 @@ class Scheduler:
         for slab, _, counts in pack.slots:
             slab.used[: len(counts)] += counts
             for job, n in zip(slab.jobs, counts.tolist(), strict=True):
-                job.fed += n
+                if job.pending is None:
+                    job.fed += n
+                else:
+                    self.cache.inherit(job)
         for state, (take, _) in pack.filled.items():
             state.computed += take
         self._prefilling = [job for job in self._prefilling if job.fed < job.given]
@@ -301,7 +323,8 @@ class Scheduler:
 
     def _draw(self, stable: Stable, logits: Tensor) -> None:
         positions = np.array([job.state.start + len(job.state.tokens) for job in stable.jobs])
-        tokens, logprobs, top = stable.batch.draw(logits, positions)
+        counts = [job.sampled for job in stable.jobs] if stable.batch.counts else ()
+        tokens, logprobs, top, tempered = stable.batch.draw(logits, positions, counts)
         ended = []
         for i, job in enumerate(stable.jobs):
             if tokens[i] < 0:
@@ -311,7 +334,10 @@ class Scheduler:
                 ended.append(job)
                 continue
             self.sampled += 1
-            delta = job.accept(tokens[i], logprobs[i], None if top is None else top[i])
+            law = None if tempered is None else tempered[i]
+            delta = job.accept(tokens[i], logprobs[i], None if top is None else top[i], law)
+            if job.group is not None:
+                job.group.note(job, tokens[i], logprobs[i], law)
             if delta is not None:
                 self.outbox.append((job, delta))
                 if job.done:
@@ -322,6 +348,11 @@ class Scheduler:
             slab = job.slab
             assert slab is not None
             slab.token[job.slot], slab.position[job.slot] = tokens[i], positions[i]
+        for group in {job.group for job in stable.jobs if job.group is not None}:
+            stopped = group.stopped()
+            self.outbox += [(job, job.finish("paused")) for job in stopped]
+            self.paused |= {id(job.graph) for job in stopped}
+            ended += stopped
         for job in ended:
             self._retire(job)
 

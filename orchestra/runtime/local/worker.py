@@ -66,6 +66,26 @@ class Worker:
             self._put(lambda: self._take(job))
             self._queued += 1
 
+    def submit_together(self, jobs: list[Job]) -> None:
+        """Start the generations of a lock-step group, between the same two steps; raises as `submit` does."""
+
+        def take() -> None:
+            for job in jobs:
+                self._take(job)
+
+        with self._lock:
+            self._put(take)
+            self._queued += len(jobs)
+
+    def forget(self, graph: ThreadGraph, nodes: list[int]) -> None:
+        """Drop what some nodes of a run have, unless somebody reads it."""
+
+        def act() -> None:
+            if (run := self._scheduler.runs.get(id(graph))) is not None:
+                self._scheduler.cache.forget(run, nodes)
+
+        self.post(act)
+
     def cancel(self, job: Job) -> None:
         """Stop a generation between two steps; its stream ends with what it has."""
         with self._lock, suppress(EngineError):
@@ -199,7 +219,8 @@ class Worker:
             if self._debug:
                 scheduler.check_integrity()
             return True
-        scheduler.arena.trim()
+        if not scheduler.paused:
+            scheduler.arena.trim()
         if self._debug:
             scheduler.check_integrity()
         if (scheduler.waiting or scheduler.scores) and not scheduler.stalled:
