@@ -52,6 +52,7 @@ UNTAUGHT = {
     "budget_forcing": "to think between tags",
     "hogwild": "to work together",
     "map_reduce": "to write plans",
+    "parallel_streams": "to compute in streams",
     "pdr": "to read drafts",
     "refine": "to read an earlier answer",
     "threads": "to write outlines",

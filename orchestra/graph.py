@@ -100,7 +100,7 @@ class Node:
         cached_tokens: context tokens whose keys and values an earlier request had left on the engine.
         views: of a concurrent node: what its tokens read, in order of `first`, beginning with 0.
         notes: what the engine knows besides (JSON values): of a recorded sample its `answer`, `thinking_tokens` and
-            `confidence`.
+            `confidence`; the number of `streams` that it was computed in, if there were several.
     """
 
     id: int

@@ -322,9 +322,11 @@ class Run:
             CapabilityError: it lacks what they need.
         """
         if missing := sorted(sampling.needs - engine.capabilities):
+            able = "local:PATH and sglang://HOST:PORT can"
+            if Capability.STREAMS in missing:
+                able = "local:PATH of a ParScale model can (or local:PATH?streams=DIR)"
             raise CapabilityError(
-                f"{engine.name} cannot do {', '.join(missing)}, which these sampling settings need; local:PATH and "
-                "sglang://HOST:PORT can"
+                f"{engine.name} cannot do {', '.join(missing)}, which these sampling settings need; {able}"
             )
 
     @staticmethod

@@ -227,6 +227,10 @@ class Thread:
         values = normal({key: value for key, value in sampling.items() if value is not None})
         return replace(self, _defaults=tuple((values | dict(self._defaults)).items()))
 
+    def setting(self, **sampling: Any) -> Thread:
+        """Like `using`, but also where the caller has set something else."""
+        return replace(self, _defaults=tuple((dict(self._defaults) | normal(sampling)).items()))
+
     async def before_stop(self) -> Thread:
         """Go back to before the stop string, or the stop token, that ended the last generation.
 
@@ -299,8 +303,11 @@ class Thread:
         edges = await self._stem.edges()
         before = await encode(self._run, edges, self._tail, self._alias)
         given = await encode(self._run, edges, (text,), self._alias)
+        engine, streams = self._run.engine_for(self._alias), self.sampling().streams
+        self._run.check_settings(engine, Sampling(streams=streams))
         node = self._run.settle(edges, before + given, self.path, self._alias)
-        engine = self._run.engine_for(self._alias)
+        if streams is not None:
+            node.notes["streams"] = streams
         with self._run.waiting_for(engine):
             scores = await engine.score(self._run.graph, node)
         return scores[sum(span.count for span in before) :]

@@ -116,6 +116,27 @@ def test_bench_hogwild_prints_each_layout_beside_independent_threads(capsys):
         assert words_of(shown, f"hogwild, {layout}")[2] == "12"
 
 
+def test_bench_streams_prints_each_number_beside_one_stream_and_separate_sequences(capsys, tmp_path):
+    out = tmp_path / "streams.json"
+    sizes = ["--model", "tiny-shape", "--streams", "2,3", "--threads", "1", "--tokens", "6", "--prompt", "10"]
+    assert main(["bench", "streams", *sizes, "--repeats", "1", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    for heading in ("ms a token", "of one stream", "keys and values, MB", "prefixes, MB"):
+        assert heading in shown
+    found = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(found) == ["one stream", "2 streams", "3 streams", "3 sequences"]
+    alone = found.pop("one stream")
+    assert alone["ratio"] is None
+    for row in found.values():
+        assert row["ratio"] == pytest.approx(row["milliseconds"] / alone["milliseconds"])
+    # Keys and values of all tokens in all streams, and the prefixes, which do not grow.
+    token = 2 * 2 * 2 * 8 * 4  # layers, key heads, keys and values, dimension, float32
+    assert alone["megabytes"] == pytest.approx((10 + 6) * token / 1e6)
+    assert found["3 streams"]["megabytes"] == pytest.approx(3 * (10 + 6) * token / 1e6)
+    assert found["3 sequences"]["megabytes"] == pytest.approx(3 * (10 + 6) * token / 1e6)
+    assert found["3 streams"]["prefix_megabytes"] == pytest.approx(3 * 48 * token / 1e6)
+
+
 def test_bench_client_prints_ours_beside_a_bare_loop(capsys):
     assert main(["bench", "client", "--samples", "4", "--milliseconds", "5", "--repeats", "1"]) == 0
     shown = capsys.readouterr().out
@@ -153,6 +174,7 @@ def test_a_built_model_is_removed_again_and_speaks_any_text():
         (["generate", "--peers", "nobody"], "unknown peer 'nobody'"),
         (["generate", "--model", "nothing"], "nothing"),
         (["hogwild", "--out", "/nowhere/at/all.json"], "cannot write"),
+        (["streams", "--streams", "1,2"], "above 1"),
     ],
 )
 def test_wrong_use_is_one_line(capsys, words, said):

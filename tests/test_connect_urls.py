@@ -109,7 +109,7 @@ def test_unknown_schemes_list_the_known() -> None:
     ("url", "known"),
     [
         ("demo?", "device, dtype, forward, kernel, max_batch, memory, prefill, prefix_cache"),
-        ("local:x?", "adapter, device, dtype, forward, kernel, max_batch, memory, prefill, prefix_cache"),
+        ("local:x?", "adapter, device, dtype, forward, kernel, max_batch, memory, prefill, prefix_cache, streams"),
         ("sglang://h:1?", "concurrency, interval, key_file, model, n, patience, rate, retries, timeout, tokenizer"),
         ("openai://h:1?", "api, concurrency, continue, key_file, model, n, patience, rate, retries, timeout"),
     ],

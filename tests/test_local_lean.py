@@ -152,6 +152,24 @@ def changed(folder, monkeypatch, change, forward):
         return load_model(folder, "float32", "cpu", forward=forward)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_may_have_either_dimension_first(make_model, kind, tied):
+    """With streams the output dimension is first, and some numbers of rows go to oneDNN."""
+    folder = make_model(kind, tie_word_embeddings=tied)
+    one, many = (load_model(folder, "float32", "cpu", streams=streams) for streams in (False, True))
+    assert one.lean is not None
+    assert many.lean is not None
+    assert one.fingerprint() == many.fingerprint()
+    for rows in (1, 3, 4, 64, 65):
+        keys, values = torch.empty(2, one.memory.layers, one.memory.heads, rows, one.memory.dim)
+        plan = Plan(rows, chunks=[Chunk.over(0, rows, keys, values)], writes=[Write(0, rows, keys, values)])
+        tokens, positions = torch.arange(rows) * 3 + 1, torch.arange(rows)
+        with torch.inference_mode():
+            ours, theirs = (model.forward(tokens, positions, None, plan) for model in (one, many))
+        assert (ours - theirs).abs().max() <= 1e-4 * max(1, float(theirs.abs().max()))
+
+
 def test_a_wrong_lean_forward_is_not_used(tiny, monkeypatch):
     monkeypatch.setattr(lean.Norm, "__call__", lambda self, x: x * self.weight)
     assert load_model(tiny, "float32", "cpu").lean is None

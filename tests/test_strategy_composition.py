@@ -32,6 +32,7 @@ BRANCHES = {
     "refine": "refine(rounds=1, drafts={})",
     "pdr": "pdr(widths=[2], k=1, distiller='random_k', drafts={})",
     "async_think": "async_think(drafts={})",
+    "parallel_streams": "parallel_streams(streams=2, drafts={})",
 }
 PROMPT = "numbers: 3 7 8 12 target: 54"
 

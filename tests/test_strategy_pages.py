@@ -21,6 +21,7 @@ HEADINGS = [
     "## Differences",
 ]
 ELSEWHERE = ("sglang://127.0.0.1:30000", "local:Qwen/Qwen3-8B")
+IN_STREAMS = "local:ParScale/ParScale-1.8B-P4"
 BUILT_IN = [name for name, kind in registry().items() if kind.__module__.startswith("orchestra.")]
 
 
@@ -57,13 +58,21 @@ def test_the_command_lines_name_strategies_that_there_are(name: str) -> None:
     assert found
 
 
+@pytest.fixture(scope="module")
+def in_streams(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from stream_folders import write
+
+    return write(tmp_path_factory.mktemp("parscale") / "P4", tiny, 4)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_examples_run(name: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run(name: str, tiny: str, in_streams: str, capsys: pytest.CaptureFixture[str]) -> None:
     """On the embedded model as they stand; where they name another engine, on a tiny random model in its place."""
     blocks = code(name, "python")
     assert blocks
     for block in blocks:
         for engine in ELSEWHERE:
             block = block.replace(engine, f"local:{tiny}")
+        block = block.replace(IN_STREAMS, f"local:{in_streams}")
         exec(compile(block, f"{name}.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()

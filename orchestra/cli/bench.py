@@ -257,6 +257,41 @@ def power(
 
 
 @app.command()
+def streams(
+    model: Annotated[
+        str, typer.Option(help="qwen2.5-0.5b-shape (random weights), or a folder.")
+    ] = "qwen2.5-0.5b-shape",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
+    ] = None,
+    streams: Annotated[str, typer.Option(metavar="P,...", help="Numbers of streams above 1.")] = "2,4,8",
+    prompt: Annotated[int, typer.Option(min=8, help="Letters of the prompt.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Of a sequence.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="Of PyTorch; each is tried.")] = "1,2",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")] = 3,
+    out: Out = None,
+) -> None:
+    """One sequence in several learned streams (ParScale), beside one stream and as many separate sequences."""
+    _begin(out, None)
+    from orchestra.benchmarks import streams as bench
+    from orchestra.benchmarks.machine import machine
+    from orchestra.benchmarks.models import model_folder
+    from orchestra.benchmarks.report import Report
+
+    counts, tried = _numbers(streams, "streams"), _numbers(threads, "threads")
+    if min(counts) < 2:
+        raise UsageError(f"--streams is one or more numbers above 1, as in 2,8, not {streams!r}")
+    with model_folder(model, dtype, layers) as folder:
+        shown = model + (f", {layers} layers" if layers else "")
+        title = f"Streams: {tokens} tokens after {prompt} letters: {shown}, {dtype}"
+        facts = machine()
+        del facts["threads"]  # every row says its own
+        report = Report(title, bench.COLUMNS, facts, bench.NOTES)
+        _show(report, bench.rows(folder, dtype, counts, prompt, tokens, tried, repeats), out)
+
+
+@app.command()
 def client(
     samples: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 256,
     milliseconds: Annotated[float, typer.Option(min=0, help="The server takes for each.")] = 205.0,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from orchestra.errors import UsageError
 from orchestra.extras import require
 
+if TYPE_CHECKING:
+    from orchestra.training.config import ParScaleConfig, TrainingConfig
+
+Config = TypeVar("Config", "TrainingConfig", "ParScaleConfig")
+
 app = typer.Typer(help="Train a model from a YAML file.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    # Without it typer would take `sft` for the whole of `orchestra train`.
-    pass
 
 
 @app.command()
@@ -26,17 +25,40 @@ def sft(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Supervised training on demonstrations."""
-    require("torch", "transformers", "trl", what="training", extra="train")
-    if not config.is_file():
-        raise UsageError(f"there is no configuration file {config}")
-    from orchestra.training.config import load_config
+    from orchestra.training.config import TrainingConfig
 
-    try:
-        loaded = load_config(config, overrides or [])
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{config}: {error}") from error
-    if resume and not list(Path(loaded.output).glob("checkpoint-*")):
-        raise UsageError(f"nothing to resume: there is no checkpoint in {loaded.output}")
+    loaded = _load(TrainingConfig, config, overrides, resume)
     from orchestra.training.sft import train_sft
 
     print(train_sft(loaded, resume=resume))
+
+
+@app.command()
+def parscale(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The training run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Changes to it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Put parallel streams on a trained model (ParScale) and train them, or all of it."""
+    from orchestra.training.config import ParScaleConfig
+
+    loaded = _load(ParScaleConfig, config, overrides, resume)
+    from orchestra.training.parscale import train_parscale
+
+    print(train_parscale(loaded, resume=resume))
+
+
+def _load(kind: type[Config], path: Path, overrides: list[str] | None, resume: bool) -> Config:
+    """The configuration of a run that can be started (or resumed); otherwise raises `UsageError`."""
+    require("torch", "transformers", "trl", what="training", extra="train")
+    if not path.is_file():
+        raise UsageError(f"there is no configuration file {path}")
+    from orchestra.training.config import read_config
+
+    try:
+        loaded = read_config(kind, path, overrides or [])
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if resume and not list(Path(loaded.output).glob("checkpoint-*")):
+        raise UsageError(f"nothing to resume: there is no checkpoint in {loaded.output}")
+    return loaded

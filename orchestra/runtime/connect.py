@@ -73,9 +73,13 @@ def _demo(url: str, target: str, parameters: dict[str, str]) -> Engine:
 def _local(url: str, target: str, parameters: dict[str, str]) -> Engine:
     if not target:
         raise UsageError("a local engine needs a model: local:PATH_OR_ID, such as local:./my-model?dtype=bfloat16")
-    values = _take(parameters, {**_LOCAL, "adapter": str})
+    values = _take(parameters, {**_LOCAL, "adapter": str, "streams": _folders})
     adapter = f"?adapter={values['adapter']}" if "adapter" in values else ""
     return _in_process(f"local:{target}{adapter}", target, values)
+
+
+def _folders(text: str) -> tuple[str, ...]:
+    return tuple(folder for folder in text.split(",") if folder)
 
 
 def _in_process(name: str, model: str, values: dict[str, Any], **fixed: Any) -> Engine:

@@ -39,7 +39,7 @@ _PROCESS = {
 _WITH_KEY = "a file with the API key; else it is taken from the environment:"
 _TOKENS = "continue, cut, logprobs, score"
 _STEER = "penalties, logit_bias, grammar"
-_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join, concurrent_cache"
+_ALL = f"{_TOKENS}, top_logprobs, {_STEER}, seed, reuse_join, concurrent_cache, lock_step, tempered, streams"
 ENGINES: tuple[EngineForm, ...] = (
     EngineForm(
         "demo",
@@ -51,7 +51,11 @@ ENGINES: tuple[EngineForm, ...] = (
         "local:PATH_OR_ID?dtype=bfloat16&device=cuda",
         "In-process PyTorch on a Hugging Face causal model; shared prefixes are stored and read once.",
         _ALL,
-        {"adapter": "folder of a PEFT adapter to merge into the model; PATH may also be an adapter itself", **_PROCESS},
+        {
+            "adapter": "folder of a PEFT adapter to merge into the model; PATH may also be an adapter itself",
+            "streams": "folders of ParScale checkpoints on this model, as in DIR,DIR: further numbers of streams",
+            **_PROCESS,
+        },
     ),
     EngineForm(
         "sglang://HOST:PORT",

@@ -30,6 +30,7 @@ class Capability(StrEnum):
     PENALTIES = "penalties"  # frequency_penalty, presence_penalty, repetition_penalty
     LOGIT_BIAS = "logit_bias"  # make tokens likelier, less likely or impossible
     GRAMMAR = "grammar"  # json_schema, regex
+    STREAMS = "streams"  # ParScale: several streams of one token inside the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Sampling:
         regex: a regular expression, which the whole generation is to match. A generation with a schema or a regular
             expression may sample any token after which it can still be satisfied, the end of sequence once it is, and
             ends (`stop`) when nothing more may follow. A limit or a stop string may end it before.
+        streams: how many learned streams each token has inside the model (ParScale, arXiv:2505.10475); None for the
+            model's own number, which is 1 for a plain model.
     """
 
     temperature: float = 0.0
@@ -90,6 +93,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     json_schema: str | None = None
     regex: str | None = None
+    streams: int | None = None
 
     @property
     def needs(self) -> frozenset[Capability]:
@@ -99,18 +103,19 @@ class Sampling:
             Capability.LOGIT_BIAS: self.logit_bias,
             Capability.GRAMMAR: self.json_schema is not None or self.regex is not None,
             Capability.LOCK_STEP: self.powers,
+            Capability.STREAMS: self.streams not in (None, 1),
         }
         return frozenset(capability for capability, given in asked.items() if given)
 
     @property
     def steers(self) -> bool:
-        """Whether the logits are changed, beyond temperature, powers and truncation."""
-        return bool(self.needs - {Capability.LOCK_STEP})
+        """Whether the logits are changed, beyond temperature, powers and truncation; streams are the model's own."""
+        return not self.needs <= {Capability.LOCK_STEP, Capability.STREAMS}
 
     @property
     def remembers(self) -> bool:
         """Whether what may come next depends on what the generation has sampled, beyond what the model sees of it."""
-        return not self.needs <= {Capability.LOGIT_BIAS}
+        return not self.needs <= {Capability.LOGIT_BIAS, Capability.STREAMS}
 
     def power(self, index: int) -> float:
         """The exponent of token `index` of the generation: the inverse temperature; infinite if it is greedy."""
@@ -200,6 +205,8 @@ def check(sampling: Sampling) -> str | None:
             return f"logit_bias must be a number or minus infinity, got {bias} for token {token}"
     if sampling.json_schema is not None and sampling.regex is not None:
         return _BOTH
+    if sampling.streams is not None and sampling.streams < 1:
+        return f"streams must be at least 1, got {sampling.streams}"
     if sampling.regex == "":
         return "an empty regex would leave nothing to sample"
     return None

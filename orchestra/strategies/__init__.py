@@ -11,6 +11,7 @@ from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.hogwild import Hogwild
 from orchestra.strategies.map_reduce import MapReduce
+from orchestra.strategies.parallel_streams import ParallelStreams
 from orchestra.strategies.pdr import Pdr
 from orchestra.strategies.power_mh import PowerMh
 from orchestra.strategies.power_smc import PowerSmc
@@ -30,6 +31,7 @@ __all__ = [
     "FirstFinish",
     "Hogwild",
     "MapReduce",
+    "ParallelStreams",
     "Pdr",
     "PowerMh",
     "PowerSmc",

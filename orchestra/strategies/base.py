@@ -16,7 +16,9 @@ from orchestra.runtime.engine import Capability
 from orchestra.spec import Named, parse_strategy
 from orchestra.thread import BudgetCut, Thread
 
-_IN_PROCESS = frozenset({Capability.SEED, Capability.REUSE_JOIN, Capability.CONCURRENT_CACHE})  # what no server offers
+_IN_PROCESS = frozenset(
+    {Capability.SEED, Capability.REUSE_JOIN, Capability.CONCURRENT_CACHE, Capability.STREAMS}
+)  # no server's
 
 
 class Strategy(Named):

@@ -55,7 +55,7 @@ class BeamSearch(Strategy):
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Search, then choose."""
-        if thread.sampling().needs:
+        if thread.sampling().steers:
             raise UsageError("beam_search weighs the model's own tokens: it takes no penalties, logit_bias or grammar")
         found = await _Search(self, thread).run()
         outcome = self.conclude([end.candidate for end in found])

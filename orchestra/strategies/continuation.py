@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from orchestra.errors import UsageError
 from orchestra.outcome import Candidate
-from orchestra.runtime.engine import Sampling
+from orchestra.runtime.engine import Capability, Sampling
 from orchestra.thread import Thread
 
 
@@ -189,7 +189,7 @@ def truncations(sampling: Sampling) -> list[str]:
         f"top_p={sampling.top_p:g}": sampling.top_p < 1,
         f"min_p={sampling.min_p:g}": sampling.min_p,
     }
-    return [what for what, given in found.items() if given] + sorted(sampling.needs)
+    return [what for what, given in found.items() if given] + sorted(sampling.needs - {Capability.STREAMS})
 
 
 def exact(name: str, sampling: Sampling, approximate: bool, *, cuts: bool = False) -> list[str]:

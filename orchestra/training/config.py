@@ -1,11 +1,11 @@
-"""The configuration of a training run: a YAML file and overrides. Here: that of the embedded model."""
+"""The configuration of a training run: a YAML file and overrides. Here: that of the embedded model and of ParScale."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -71,6 +71,67 @@ class TrainingConfig:
     probe_items: int = 32
 
 
+@dataclass(frozen=True)
+class ParScaleConfig:
+    """The recycling of a trained model with parallel streams (arXiv:2505.10475, section 4).
+
+    Attributes:
+        output: Folder of checkpoints, log and final model.
+        backbone: Folder or Hugging Face id of a causal model, or of a ParScale checkpoint (whose streams are kept if
+            there are as many as `streams`).
+        streams: How many; 1 trains the plain model, for comparison.
+        prefix_tokens: Length of the learned prefixes.
+        smoothing: Part of the streams' weight that is shared out evenly.
+        train: What is trained: `all`, or the `streams` alone, with the backbone frozen.
+        data: `countdown` (generated, for models with the embedded model's words), a JSONL file, a folder of `datasets`,
+            or a Hugging Face data set id.
+        split: Of a Hugging Face data set.
+        levels: Countdown levels and their shares.
+        held_out: Rows for validation; those of Countdown come from the dev split, and are the same for every seed.
+        seed: Fixes the streams' first parameters, and the batches with their order.
+        steps: Optimiser steps, one batch each.
+        batch_tokens: Tokens of a batch, padding included.
+        longest: Longest sequence in tokens.
+        learning_rate: Peak learning rate, constant from the end of warm-up to the start of decay.
+        stream_learning_rate: That of the streams' parameters, if it is another.
+        warmup_steps: Steps of linear warm-up.
+        decay_share: Share of the steps, at the end, over which the learning rate falls linearly to zero.
+        beta2: AdamW's second beta (the first is 0.9).
+        weight_decay: AdamW's weight decay.
+        bf16: Compute in bfloat16.
+        gradient_checkpointing: Save memory by computing activations twice.
+        log_every: Steps between log lines.
+        validate_every: Steps between validations; 0 for one before and one after.
+        save_every: Steps between checkpoints that a run can resume from.
+    """
+
+    output: str = "runs/parscale"
+    backbone: str = ""
+    streams: int = 4
+    prefix_tokens: int = 48
+    smoothing: float = 0.1
+    train: Literal["all", "streams"] = "all"
+    data: str = "countdown"
+    split: str = "train"
+    levels: dict[str, float] = field(default_factory=lambda: {"small": 0.5, "hard": 0.5})
+    held_out: int = 256
+    seed: int = 1
+    steps: int = 1000
+    batch_tokens: int = 3000
+    longest: int = 4096
+    learning_rate: float = 1e-4
+    stream_learning_rate: float | None = None
+    warmup_steps: int = 20
+    decay_share: float = 0.4
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    validate_every: int = 100
+    save_every: int = 100
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """The configuration of the embedded model's training; see `read_config`."""
     return read_config(TrainingConfig, path, overrides)
@@ -93,7 +154,7 @@ def read_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in {path}: choose from {', '.join(known)}")
     # YAML reads 2e-3 (no dot) as text.
-    for key in ("learning_rate", "weight_decay"):
-        if key in values:
+    for key in ("learning_rate", "stream_learning_rate", "weight_decay"):
+        if isinstance(values.get(key), str | int):
             values[key] = float(values[key])
     return kind(**values)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
-from orchestra.evaluation.countdown import Instance, moves, reachable, stream
+from orchestra.evaluation.countdown import Instance, Split, moves, reachable, stream
 from orchestra.training import demonstrations
 from orchestra.training.demonstrations import Demonstration
 from orchestra.training.tokenizer import BOS, EOS, IDS, encode
@@ -71,6 +71,7 @@ class Mixture:
         most_children: The largest such number.
         weights: Loss weights.
         longest: Sequences above this are left out.
+        split: Of the four-number problems.
     """
 
     def __init__(
@@ -84,11 +85,12 @@ class Mixture:
         most_children: int = 16,
         weights: Weights | None = None,
         longest: int = 4096,
+        split: Split = "train",
     ) -> None:
         self.seed, self.tokens, self.levels = seed, tokens, levels
         self.unsolvable, self.conditioned, self.most_children = unsolvable, conditioned, most_children
         self.weights = weights or Weights()
-        self.longest = longest
+        self.longest, self.split = longest, split
         # Two pools of each kind cover a sequential pass; a resumed one rebuilds only the pool that it is in.
         self._pool = lru_cache(maxsize=2 * len(set(CYCLE)))(self._make_pool)
 
@@ -135,8 +137,8 @@ class Mixture:
                 yield demonstrations.three(left, rng.choice(targets) if index % 3 and targets else instance.target)
 
     def _instances(self, rng: random.Random) -> Iterator[Instance]:
-        solvable = {level: stream(level, "train", rng) for level in self.levels}
-        unsolvable = stream("small", "train", rng, solvable=False)
+        solvable = {level: stream(level, self.split, rng) for level in self.levels}
+        unsolvable = stream("small", self.split, rng, solvable=False)
         names, shares = list(self.levels), list(self.levels.values())
         while True:
             level = rng.choices(names, shares)[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -31,6 +31,8 @@ from trl import SFTConfig, SFTTrainer
 from orchestra.training import tokenizer
 from orchestra.training.config import TrainingConfig, load_config
 from orchestra.training.mixture import HIT, MISS, Mixture, Row, Weights
+
+MARKS = {"hit": HIT, "miss": MISS}
 
 
 def build_model(config: TrainingConfig) -> LlamaForCausalLM:
@@ -84,11 +86,22 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "loss_weights": weights}
 
 
-class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to mypy
-    """`SFTTrainer` whose dataset rows are step numbers, drawn in order, and whose loss is weighted by token."""
+class Batches(Protocol):
+    """Where batches come from: a function of the step alone, so that a resumed run sees the same."""
 
-    def __init__(self, *, mixture: Mixture, **options: Any) -> None:
+    def batch(self, step: int) -> list[Row]:
+        """The batch of one optimiser step."""
+
+
+class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to mypy
+    """`SFTTrainer` whose dataset rows are step numbers, drawn in order, and whose loss is weighted by token.
+
+    `marks` names tokens whose accuracy is logged.
+    """
+
+    def __init__(self, *, mixture: Batches, marks: Mapping[str, int] = MARKS, **options: Any) -> None:
         super().__init__(data_collator=lambda examples: collate(mixture.batch(examples[0]["step"])), **options)
+        self.marks = marks
         # The weighted mean below is already normalised; Trainer must not divide it by a token count.
         self.model_accepts_loss_kwargs = False
         self.tokens_seen = 0
@@ -109,7 +122,7 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
             self.tokens_seen += int((ids != tokenizer.PAD).sum())
             learned = weights > 0
             right = outputs.logits.argmax(-1) == labels
-            groups = {"hit": labels == HIT, "miss": labels == MISS, "token": learned}
+            groups = {name: labels == mark for name, mark in self.marks.items()} | {"token": learned}
             for name, chosen in groups.items():
                 chosen = chosen & learned
                 if bool(chosen.any()):
@@ -118,11 +131,10 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
 
 
 class Journal(TrainerCallback):  # type: ignore[misc]
-    """Writes log lines and probes to ``log.jsonl``."""
+    """Writes log lines to ``log.jsonl`` of a run's folder."""
 
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
-        self.file = Path(config.output) / "log.jsonl"
+    def __init__(self, output: str | Path) -> None:
+        self.file = Path(output) / "log.jsonl"
         self.started = time.monotonic()
         self.trainer: WeightedSFTTrainer | None = None
 
@@ -144,6 +156,14 @@ class Journal(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Keep a log line."""
         self.write(state.global_step, logs or {})
+
+
+class ProbeJournal(Journal):
+    """A journal of log lines and of probes."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        super().__init__(config.output)
+        self.config = config
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe the model now and then."""
@@ -169,7 +189,7 @@ def train_sft(config: TrainingConfig, *, resume: bool = False) -> Path:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-    journal = Journal(config)
+    journal = ProbeJournal(config)
     arguments = SFTConfig(
         output_dir=str(output),
         seed=config.seed,

@@ -99,6 +99,9 @@ class Plan:
         kernel: which attention kernel to use.
         positions: of the rows, int64 `[rows]`; models with windows need them.
         rotary: how the model turns queries; reads with turns need it.
+        prefix: keys and values without positions, which every row reads whatever its window; `[layers, key heads,
+            tokens, dim]` each.
+        streams: how many vectors each row has, one after another; the heads of all of them are heads of the row.
         layers_run: how often `run` was called; an engine checks that it was once a layer.
     """
 
@@ -110,6 +113,8 @@ class Plan:
     kernel: Kernel = "auto"
     positions: Tensor | None = None
     rotary: Rotary | None = None
+    prefix: tuple[Tensor, Tensor] | None = None
+    streams: int = 1
     layers_run: int = 0
     _reads: dict[int | None, Reads] = field(default_factory=dict)
 
@@ -128,22 +133,26 @@ class Plan:
 
         Args:
             layer: index of the layer.
-            query: `[rows, heads, dim]`, rotated.
-            key: `[rows, key heads, dim]`, rotated.
+            query: `[rows * streams, heads, dim]`, rotated.
+            key: `[rows * streams, key heads, dim]`, rotated.
             value: like `key`.
             scale: factor on the scores.
             window: a query at position p sees keys at positions above p - window; None for all.
             softcap: c of `c * tanh(scores / c)`; None for none.
 
         Returns:
-            `[rows, heads, dim]` in the type of `query`.
+            Like `query`.
         """
         self.layers_run += 1
+        shape = query.shape
+        if self.streams > 1:
+            query, key, value = (x.reshape(self.rows, -1, x.shape[2]) for x in (query, key, value))
         self._write(layer, key, value)
         reads = self._reads.get(window)
         if reads is None:
             reads = self._reads[window] = self._read(window, query.device)
-        return reads.run(layer, query, Scoring(scale, softcap, self.kernel), self.rotary)
+        out = reads.run(layer, query, Scoring(scale, softcap, self.kernel), self.rotary)
+        return out.view(shape) if self.streams > 1 else out
 
     def advance(self, positions: Tensor) -> None:
         """Make this plan, which has nothing but tails and shared reads, that of the next step.
@@ -163,6 +172,8 @@ class Plan:
         if window is not None:
             assert self.positions is not None
             reads = [read.within(window, self.positions) for read in reads if read is not None]
+        if self.prefix is not None:
+            reads.append(Shared(torch.arange(self.rows, device=device), *self.prefix))
         return Reads.of(self.rows, [read for read in reads if read is not None], device)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> None:

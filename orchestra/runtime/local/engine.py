@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import astuple
 from functools import partial
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from orchestra.errors import CapabilityError, EngineError, OrchestraError, Promp
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.attention.cost import COPY_BYTES
 from orchestra.runtime.attention.kernels import KERNELS
-from orchestra.runtime.engine import Capability, Engine, Gang, Load, Look, Prompt, Request, Sampling, Stream
+from orchestra.runtime.engine import Capability, Delta, Engine, Gang, Load, Look, Prompt, Request, Sampling, Stream
 from orchestra.runtime.local import sampler
 from orchestra.runtime.local.detokenize import Detokenizer, Endings, Finder
 from orchestra.runtime.local.gang import LocalGang
@@ -27,7 +28,9 @@ from orchestra.runtime.local.model import FORWARDS, LoadedModel, load_model, loa
 from orchestra.runtime.local.nodes import Snapshot, snapshot
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.runtime.local.scheduler import Scheduler
+from orchestra.runtime.local.sources import Source
 from orchestra.runtime.local.steering import Steering
+from orchestra.runtime.local.streams import Variants, fingerprint, variants
 from orchestra.runtime.local.worker import Worker
 from orchestra.runtime.sampling import check
 
@@ -51,6 +54,8 @@ class LocalEngine(Engine):
             Runs that are there at the same time share in any case.
         copy_bytes: see `attention.cost.COPY_BYTES`; 0 reads every context segment in place.
         adapter: folder of a PEFT adapter for the model; a `source` that is one itself names its model.
+        streams: folders of ParScale checkpoints whose streams were made for this model: further values of
+            `Sampling.streams`. Each number of streams has keys and values, and so limits, of its own.
         debug: check the cache's invariants after every step; a broken one is an error of all that runs.
         hint: appended to the error for words outside the vocabulary: what the model speaks, who speaks more.
     """
@@ -71,6 +76,7 @@ class LocalEngine(Engine):
         prefix_cache: int = 0,
         copy_bytes: int = COPY_BYTES,
         adapter: str | None = None,
+        streams: Sequence[str] = (),
         debug: bool = False,
         hint: str = "",
     ) -> None:
@@ -90,9 +96,10 @@ class LocalEngine(Engine):
         self._scheduling = (kernel, max_batch, prefill, memory, copy_bytes, prefix_cache)
         self._debug = debug
         self._lock = threading.Lock()
-        self._model: LoadedModel | None = None
+        self._streams = tuple(streams)
+        self._variants: Variants | None = None
         self._prompts: Prompts | None = None
-        self._worker: Worker | None = None
+        self._workers: dict[int, Worker] = {}  # by number of streams, made for the first that asks
         self._endings: dict[tuple[str, ...], Endings] = {}
         self._grammars: Grammars | None = None  # made for the first generation that has one
         self._closed = False
@@ -103,20 +110,29 @@ class LocalEngine(Engine):
         Raises:
             UsageError: there is no such model, or the engine cannot run it; one line that says why.
         """
-        if self._worker is None:
+        if not self._workers:
             await asyncio.to_thread(self._open)
         return self
 
-    def _open(self) -> tuple[LoadedModel, Prompts, Worker]:
+    def _open(self, streams: int | None = None) -> tuple[LoadedModel, Prompts, Worker]:
         with self._lock:
             if self._closed:
                 raise EngineError(f"{self.name} is closed")
-            if self._model is None or self._prompts is None or self._worker is None:
-                model = load_model(self.source, self.dtype, self.device, self.adapter, self.forward)
-                self._model, self._prompts = model, Prompts(model.tokenizer, model.context, self.hint, model.eos)
+            if self._variants is None or self._prompts is None:
+                how = self.dtype, self.device, self.adapter, self.forward, bool(self._streams)
+                model = load_model(self.source, *how)
+                place = Source.of(self.source, self.adapter)
+                self._variants = variants(model, place, self._streams)  # compared now: nothing runs on the model yet
+                self._prompts = Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
-                self._worker = Worker(Scheduler(model, *self._scheduling), self._debug)
-            return self._model, self._prompts, self._worker
+            models, own = self._variants
+            count = own if streams is None else streams
+            if count not in models:
+                has = ", ".join(map(str, sorted(models)))
+                raise UsageError(f"{self.name} has no {count} streams (it has {has}); ?streams=DIR adds a checkpoint's")
+            if count not in self._workers:
+                self._workers[count] = Worker(Scheduler(models[count], *self._scheduling), self._debug)
+            return models[count], self._prompts, self._workers[count]
 
     async def encode_prompt(self, prompt: Prompt, **template: Any) -> Span:
         """See `Engine.encode_prompt`."""
@@ -136,29 +152,41 @@ class LocalEngine(Engine):
     @property
     def eos_ids(self) -> frozenset[int]:
         """See `Engine.eos_ids`; known once the engine is open."""
-        return frozenset() if self._model is None else self._model.eos
+        return frozenset() if self._variants is None else self._variants.models[1].eos
 
     def generate(self, request: Request) -> Stream:
         """See `Engine.generate`."""
-        job: Job | None = None
+        started: tuple[Worker, Job] | None = None
 
         def cancel() -> None:
-            if job is not None and self._worker is not None:
-                self._worker.cancel(job)
+            if started is not None:
+                worker, job = started
+                worker.cancel(job)
 
         stream = Stream(cancel, request.chunk)
         try:
-            model, prompts, worker = self._open()
+            model, prompts, worker = self._open(request.sampling.streams)
             job = self._job(request, stream, model, prompts, worker)
+            self._note(stream, model)
             worker.submit(job)
+            started = worker, job
         except OrchestraError as error:
             stream.fail(error)
         return stream
+
+    @staticmethod
+    def _note(stream: Stream, model: LoadedModel) -> None:
+        """Say in how many streams a generation is computed."""
+        if model.streams is not None:
+            stream.push(Delta(notes={"streams": model.streams.streams}))
 
     def _job(self, request: Request, stream: Stream, model: LoadedModel, prompts: Prompts, worker: Worker) -> Job:
         graph, node, sampling = request.graph, request.node, request.sampling
         if (wrong := check(sampling)) is not None:
             raise UsageError(wrong)
+        if request.gang is not None and model.streams is not None:
+            # Prefixes have no position: a query that is turned to another place would see them differently.
+            raise CapabilityError(f"{self.name} has a concurrent cache without streams only (streams=1)")
         view, snapshots, before = _look(worker, graph, node)
         forced = snapshots[-1].tokens
         if before is None and not forced:
@@ -201,8 +229,11 @@ class LocalEngine(Engine):
         )
 
     def generate_in_step(self, requests: Sequence[Request], look: Look) -> list[Stream]:
-        """See `Engine.generate_in_step`; at most `max_batch`."""
-        model, prompts, worker = self._open()
+        """See `Engine.generate_in_step`; at most `max_batch`, all in one number of streams."""
+        numbers = {request.sampling.streams for request in requests}
+        if len(numbers) > 1:
+            raise UsageError("generations in lock-step have one number of streams")
+        model, prompts, worker = self._open(next(iter(numbers), None))
         if len(requests) > (most := self._scheduling[1]):
             raise UsageError(f"{len(requests)} generations in lock-step; {self.name} takes {most} (max_batch=)")
         group = LockStep(look)
@@ -216,6 +247,7 @@ class LocalEngine(Engine):
         for index, request in enumerate(requests):
             streams.append(Stream(partial(cancel, index), request.chunk))
             job = self._job(request, streams[-1], model, prompts, worker)
+            self._note(streams[-1], model)
             if job.nodes[-1].tokens:
                 raise UsageError("generations in lock-step begin with a sampled token, not with text")
             job.group, group.jobs[job] = group, index
@@ -225,12 +257,13 @@ class LocalEngine(Engine):
 
     def forget(self, graph: ThreadGraph, nodes: Iterable[int]) -> None:
         """See `Engine.forget`."""
-        if self._worker is not None:
-            self._worker.forget(graph, list(nodes))
+        known = list(nodes)
+        for worker in list(self._workers.values()):
+            worker.forget(graph, known)
 
     def gang(self, graph: ThreadGraph, members: int) -> Gang:
         """See `Engine.gang`."""
-        model, _, worker = self._open()
+        model, _, worker = self._open(1)
         if model.rotary is None or model.memory.windows:
             what = "sliding windows" if model.memory.windows else "positions that are no plain rotation"
             raise CapabilityError(f"{self.name} has no concurrent cache: the model has {what}")
@@ -253,7 +286,7 @@ class LocalEngine(Engine):
     async def score(self, graph: ThreadGraph, node: Node) -> list[float]:
         """See `Engine.score`. The first token of a root, or of a reuse join, is predicted by nothing: 0."""
         await self.open()
-        model, _, worker = self._open()
+        model, _, worker = self._open(node.notes.get("streams"))
         view, snapshots, before = _look(worker, graph, node, whole=True)
         tokens = list(node.tokens)
         if not tokens:
@@ -266,12 +299,13 @@ class LocalEngine(Engine):
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""
-        if self._worker is not None:
-            await asyncio.wrap_future(self._worker.release(graph))
+        for leaving in [worker.release(graph) for worker in list(self._workers.values())]:
+            await asyncio.wrap_future(leaving)
 
     def load(self) -> Load:
-        """See `Engine.load`."""
-        return Load() if self._worker is None else self._worker.load()
+        """See `Engine.load`; of all numbers of streams together."""
+        loads = [astuple(worker.load()) for worker in list(self._workers.values())]
+        return Load(*map(sum, zip(*loads, strict=True)))
 
     async def check_integrity(self) -> None:
         """Check the cache's invariants now.
@@ -280,18 +314,22 @@ class LocalEngine(Engine):
             AssertionError: what is wrong.
         """
         await self.open()
-        await asyncio.wrap_future(self._open()[2].check_integrity())
+        for worker in list(self._workers.values()):
+            await asyncio.wrap_future(worker.check_integrity())
 
     def facts(self) -> dict[str, Any]:
         """See `Engine.facts`; loads the model if need be."""
         model, _, _ = self._open()
         config = model.module.config
+        assert self._variants is not None  # open
+        models, own = self._variants
+        streams = {"streams": own, "streams_known": sorted(models)} if len(models) > 1 else {}
         return {
             "engine": "local",
             "model": self.name.removeprefix("local:"),
             "architecture": config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
-            "fingerprint": model.fingerprint(),
+            "fingerprint": fingerprint(models),
             "context_length": model.context,
             "dtype": self.dtype,
             "device": self.device,
@@ -299,6 +337,7 @@ class LocalEngine(Engine):
             "forward": "transformers" if model.lean is None else "lean",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **streams,
         }
 
     def plain_model(self) -> Any:
@@ -309,10 +348,9 @@ class LocalEngine(Engine):
         """See `Engine.close`; generations in flight end as cancelled."""
         with self._lock:
             self._closed = True
-            worker = self._worker
-        if worker is not None:
+        for worker in self._workers.values():
             await asyncio.to_thread(worker.close)
-        self._model = self._prompts = None
+        self._variants = self._prompts = None
 
 
 def _look(

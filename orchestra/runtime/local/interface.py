@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,18 +21,33 @@ _HARMLESS = frozenset(
     {"position_ids", "use_cache", "is_causal", "output_attentions", "output_router_logits", "cache_position"}
 )
 
+Mix = Callable[[Tensor], Tensor]
+"""Hidden states of all streams after the final norm to those that the head gets."""
+
 # Not an argument of the model's forward: some models do not hand those on to their layers.
 _PLAN: ContextVar[Plan | None] = ContextVar("orchestra_plan", default=None)
+_MIX: ContextVar[Mix | None] = ContextVar("orchestra_mix", default=None)
 
 
 @contextmanager
-def running(plan: Plan) -> Iterator[None]:
-    """Models that are called within run their attention over this plan."""
-    token = _PLAN.set(plan)
+def running(plan: Plan | None, mix: Mix | None = None) -> Iterator[None]:
+    """Models that are called within run their attention over this plan; before the head of `mixing` comes `mix`."""
+    tokens = _PLAN.set(plan), _MIX.set(mix)
     try:
         yield
     finally:
-        _PLAN.reset(token)
+        _PLAN.reset(tokens[0])
+        _MIX.reset(tokens[1])
+
+
+def mixing(module: Any) -> None:
+    """Let the head of a causal model take what `running` says to mix; once for all, from any thread."""
+
+    def before(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        mix = _MIX.get()
+        return inputs if mix is None else (mix(inputs[0]), *inputs[1:])
+
+    module.get_output_embeddings().register_forward_pre_hook(before)
 
 
 def current_plan() -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import transformers
 from torch import Tensor
 
 from orchestra.errors import EngineError, UsageError
+from orchestra.parscale.layout import backbone_config, is_parscale, read_config
+from orchestra.parscale.streams import StreamSet
 from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.local.adapters import merge_adapter
 from orchestra.runtime.local.interface import ATTENTION, running
@@ -24,6 +27,7 @@ from orchestra.runtime.local.refusal import refusal
 from orchestra.runtime.local.rotary import Rotary, find_rotary
 from orchestra.runtime.local.segments import Memory
 from orchestra.runtime.local.sources import Source, load_tokenizer, local_folder, read
+from orchestra.runtime.local.streams import mixed, own_streams, spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +49,7 @@ class LoadedModel:
         memory: the shape of its keys and values.
         rotary: how it rotates queries and keys; None if not as `Rotary` can follow (then it cannot play Hogwild).
         lean: its forward in fewer calls; None to use the module's own.
+        streams: what it is run with P streams by (`streams`); None for the model as it is.
     """
 
     module: Any
@@ -55,6 +60,7 @@ class LoadedModel:
     memory: Memory
     rotary: Rotary | None = None
     lean: Lean | None = None
+    streams: StreamSet | None = None
 
     def fingerprint(self) -> str:
         """Tells models apart, wherever they lie: a hash of every parameter's name, shape and some of its values."""
@@ -76,10 +82,14 @@ class LoadedModel:
         Returns:
             Logits `[len(keep), vocabulary]`.
         """
+        mix = None
+        if self.streams is not None:
+            tokens, positions, keep = spread(self.streams.streams, tokens, positions, keep)
+            mix = partial(mixed, self.streams)
         if self.lean is not None:
-            return self.lean(tokens, positions, keep, plan)
+            return self.lean(tokens, positions, keep, plan, mix)
         plan.layers_run = 0
-        with running(plan):
+        with running(plan, mix):
             logits: Tensor = self.module(
                 input_ids=tokens.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -91,7 +101,9 @@ class LoadedModel:
         return logits
 
 
-def load_model(source: str, dtype: str, device: str, adapter: str | None = None, forward: str = "auto") -> LoadedModel:
+def load_model(
+    source: str, dtype: str, device: str, adapter: str | None = None, forward: str = "auto", streams: bool = False
+) -> LoadedModel:
     """Load a model and its tokenizer from a folder, or by id from the Hugging Face cache or hub.
 
     Args:
@@ -100,6 +112,7 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
         device: a torch device.
         adapter: folder of a PEFT adapter to merge into the model.
         forward: see `FORWARDS`.
+        streams: it will be run with streams (`streams.variants`); a model that has its own is in any case.
 
     Raises:
         UsageError: no such folder or model, unknown dtype or device, or an architecture that the plan cannot run.
@@ -113,12 +126,11 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
     place = Source.of(source, adapter)
-    local = local_folder(place.model)
-    config = read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
+    config = _config(place)
     kind = f"{source} ({config.model_type})"
     if (reason := refusal(config)) is not None:
         raise UsageError(f"the in-process engine cannot run {kind}: it has {reason}")
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(place, config)
     module = _load(place, dtype, ATTENTION, len(tokenizer), config).to(target)
     if not any("rotary" in name for name, _ in module.named_modules()):
         raise UsageError(f"the in-process engine cannot run {kind}: it has no rotary positions")
@@ -134,36 +146,43 @@ def load_model(source: str, dtype: str, device: str, adapter: str | None = None,
         raise UsageError(f"the in-process engine cannot run {kind}: {line[:300]}") from error
     model.rotary = find_rotary(module, heard)
     if forward == "auto":
-        model.lean = lean_forward(model, heard)
+        model.lean = lean_forward(model, heard, streams or own_streams(place) > 1)
     return model
 
 
 def load_plain(source: str, dtype: str = "float32", attention: str = "", adapter: str | None = None) -> Any:
-    """The same model with its own attention: the oracle of the parity law.
+    """The same model with its own attention: the oracle of the parity law. With streams, it is the model class.
 
     `attention` is the name of an implementation; by default `sdpa`, but `eager` where scores are soft-capped, since
     transformers' `sdpa` leaves that out.
     """
     place = Source.of(source, adapter)
+    config = _config(place)
+    if own_streams(place) > 1 and not attention and place.adapter is None:
+        from orchestra.parscale.model import ParScale
+
+        return ParScale.from_pretrained(place.model, dtype=DTYPES[dtype]).eval().requires_grad_(False)
     if not attention:
-        local = local_folder(place.model)
-        config = read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
         attention = "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
-    return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place)))
+    return _load(place, dtype, attention, 0 if place.adapter is None else len(load_tokenizer(place, config)), config)
 
 
-def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any = None) -> Any:
+def _config(place: Source) -> Any:
+    """The configuration of a model; of one with streams, that of the model under them."""
     local = local_folder(place.model)
+    if is_parscale(read_config(place.model)):
+        return backbone_config(place.model)
+    return read(lambda: transformers.AutoConfig.from_pretrained(place.model, local_files_only=local), place.model)
+
+
+def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: Any) -> Any:
     try:
-        module = read(
-            lambda: transformers.AutoModelForCausalLM.from_pretrained(
-                place.model,
-                config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                local_files_only=local,
-            ),
+        module = _pretrained(
             place.model,
+            config=copy.deepcopy(config),  # from_pretrained writes the attention choice into what it is given
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            local_files_only=local_folder(place.model),
         )
     except UsageError as error:
         if isinstance(error.__cause__, KeyError) and attention in error.__cause__.args:
@@ -173,6 +192,17 @@ def _load(place: Source, dtype: str, attention: str, vocabulary: int, config: An
     if place.adapter is not None:
         module = merge_adapter(module, place.adapter, vocabulary)
     return module.eval().requires_grad_(False)
+
+
+def _pretrained(source: str, **options: Any) -> Any:
+    """A causal model; of one with streams, that under them: their tensors are left out without a word."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    if not is_parscale(read_config(source)):
+        return read(lambda: load(source, **options), source)
+    module, told = read(lambda: load(source, output_loading_info=True, **options), source, warn=False)
+    if missing := sorted(told["missing_keys"]):
+        raise UsageError(f"{source} lacks the tensor {missing[0]} and {len(missing) - 1} more")
+    return module
 
 
 def _eos(module: Any, tokenizer: Any) -> frozenset[int]:

@@ -47,7 +47,7 @@ class Pack:
         self.forced: dict[Job, range] = {}
         self.gangs: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
         self.computed = self.scratch = 0
-        self.plan = Plan(0, kernel=kernel)
+        self.plan = Plan(0, kernel=kernel, streams=memory.streams, prefix=memory.prefix)
         self._short = SHORT_BYTES * memory.layers // memory.token_bytes
         self._tokens: list[Ints] = []
         self._positions: list[Ints] = []

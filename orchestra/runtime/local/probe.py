@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -132,6 +133,46 @@ def probe(model: LoadedModel) -> bool:
     finally:
         model.memory.free(keys, values)
     return bool(windows)
+
+
+@torch.inference_mode()
+def probe_streams(model: LoadedModel) -> None:
+    """Compare a model that has streams with the dense forward of each stream, its prefix in transformers' cache.
+
+    Raises:
+        EngineError: the plan does not give the logits that they give.
+    """
+    streams, memory, module = model.streams, model.memory, model.module
+    assert streams is not None
+    keys, values = (memory.allocate(memory.heads, ROWS) for _ in range(2))
+    try:
+        plan, positions, seen = _pack(TREE, keys, values, None)
+        plan.streams, plan.prefix = memory.streams, memory.prefix
+        tokens = torch.arange(ROWS, device=memory.device) * (module.config.get_text_config().vocab_size // ROWS)
+        cache = DynamicCache()
+        for layer, (of_keys, of_values) in enumerate(zip(streams.keys, streams.values, strict=True)):
+            cache.update(of_keys, of_values, layer)
+        seen = torch.cat([seen.new_ones(ROWS, streams.prefix), seen], 1)
+        mask = torch.zeros(seen.shape, dtype=memory.dtype, device=seen.device)
+        mask = mask.masked_fill_(~seen, torch.finfo(memory.dtype).min)[None, None]
+        with (
+            running(None, lambda hidden: streams.aggregate(hidden).unsqueeze(0)),
+            _set(module, "_attn_implementation", "eager"),
+        ):
+            dense = module(
+                input_ids=tokens.expand(memory.streams, -1),
+                position_ids=positions.expand(memory.streams, -1),
+                attention_mask=mask.expand(memory.streams, -1, -1, -1),
+                past_key_values=cache,
+                use_cache=False,
+            )
+        ours = model.forward(tokens, positions, np.arange(1, ROWS), plan).float()
+    finally:
+        memory.free(keys, values)
+    theirs = dense.logits[0, 1:].float()
+    off = float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+    if not off <= LOGIT_TOLERANCE[memory.dtype]:
+        raise EngineError(f"the logits on the plan are not those of a dense forward (off by {off:.1%})")
 
 
 def _pack(nodes: tuple[_Node, ...], keys: Tensor, values: Tensor, narrow: int | None) -> tuple[_Check, Tensor, Tensor]:

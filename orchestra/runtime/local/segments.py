@@ -32,9 +32,12 @@ class Memory:
     """The shape of keys and values, and how many bytes of them are allocated.
 
     Attributes:
-        layers, heads, dim: layers, key heads and head dimension of the model.
+        layers, heads, dim: layers, key heads (of all streams) and head dimension of the model.
         dtype, device: of keys and values.
         windows: some layers see the last positions only.
+        streams: vectors that each token has in a layer (`orchestra.parscale`); their key heads lie side by side.
+        prefix: learned keys and values that every token sees, `[layers, heads, tokens, dim]` each; not counted, since
+            they are the model's.
         limit: most bytes, padding included; None for no limit. Who allocates looks at `left` first.
         bytes: allocated now, padding included.
         peak: the most that ever were.
@@ -46,6 +49,8 @@ class Memory:
     dtype: torch.dtype
     device: torch.device
     windows: bool = False
+    streams: int = 1
+    prefix: tuple[Tensor, Tensor] | None = None
     limit: int | None = None
     bytes: int = 0
     peak: int = 0

@@ -94,8 +94,12 @@ def local_folder(source: str) -> bool:
     return False
 
 
-def load_tokenizer(source: str | Source) -> Any:
+def load_tokenizer(source: str | Source, config: Any = None) -> Any:
     """The tokenizer of a model folder or Hugging Face id, or of an adapter.
+
+    Args:
+        source: where it is.
+        config: of the model, where it is not the one that lies there.
 
     Raises:
         UsageError: there is none.
@@ -104,18 +108,21 @@ def load_tokenizer(source: str | Source) -> Any:
         source = Source(source)
     place = source.tokenizer
     local = place == source.adapter or local_folder(place)
-    return read(lambda: transformers.AutoTokenizer.from_pretrained(place, local_files_only=local), place)
+    return read(lambda: transformers.AutoTokenizer.from_pretrained(place, config=config, local_files_only=local), place)
 
 
-def read(load: Callable[[], Any], source: str) -> Any:
-    """What `load` gives; quiet, and every failure one line.
+def read(load: Callable[[], Any], source: str, warn: bool = True) -> Any:
+    """What `load` gives; quiet (without `warn` transformers' warnings are not shown either), and failures are one line.
 
     Raises:
         UsageError: it failed.
     """
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    logging = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     try:
-        transformers.utils.logging.disable_progress_bar()
+        logging.disable_progress_bar()
+        if not warn:
+            logging.set_verbosity_error()
         return load()
     except UsageError:
         raise
@@ -124,4 +131,6 @@ def read(load: Callable[[], Any], source: str) -> Any:
         raise UsageError(f"cannot load {source}: {line[:300]}") from error
     finally:
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
+        if not warn:
+            logging.set_verbosity(level)
