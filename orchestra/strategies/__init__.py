@@ -14,6 +14,7 @@ from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.pdr import Pdr
 from orchestra.strategies.power_mh import PowerMh
 from orchestra.strategies.refine import Refine
+from orchestra.strategies.reward_smc import RewardSmc
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.scorers import Scorer
 from orchestra.strategies.self_consistency import SelfConsistency
@@ -32,6 +33,7 @@ __all__ = [
     "Pdr",
     "PowerMh",
     "Refine",
+    "RewardSmc",
     "Sample",
     "Scorer",
     "SelfConsistency",
