@@ -112,6 +112,11 @@ class Thread:
         return [span for span in self._node.spans if span.origin == "sampled"] if self._node is not None else []
 
     @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What its engine can do."""
+        return self._run.engine_for(self._alias).capabilities
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Ids that end a sequence on its engine, as far as they are known; see `Engine.eos_ids`."""
         return self._run.engine_for(self._alias).eos_ids
@@ -353,7 +358,7 @@ class Thread:
         for branch in branches:
             branch._touch()
         if how == "auto":
-            reuse = Capability.REUSE_JOIN in self._run.engine_for(self._alias).capabilities and bool(text)
+            reuse = Capability.REUSE_JOIN in self.capabilities and bool(text)
             how = "reuse" if reuse and branches else "recompute"
         base = self._rooted
         seen = "".join(branch.text.removeprefix(self.text) for branch in branches)

@@ -230,7 +230,7 @@ def test_what_truncates_the_distribution_is_refused_or_said(setting: dict[str, A
         run("power_mh", max_tokens=8, **setting)
     outcome = run("power_mh(approximate=true, blocks=1, moves=1)", max_tokens=8, **setting)
     assert len(outcome.approximate) == 1
-    assert outcome.approximate[0].startswith(name)
+    assert name in outcome.approximate[0]
 
 
 def test_an_early_stop_is_said() -> None:

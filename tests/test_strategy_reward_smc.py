@@ -37,13 +37,13 @@ from orchestra.testing import check_parity, check_strategy
 from orchestra.testing.scripted import ScriptedEngine, replies
 
 TOKENS = 3
-ALPHA = 2.0
+ALPHA = 4.0
 Texts = dict[Ids, list[list[float]]]
 
 
 def reward(text: str) -> float:
     """Of the text so far, from 0 to 1; it likes quotation marks, and says little of the end at the beginning."""
-    return (1 + text.count('"')) / (4 + text.count("!") + 2 * text.count("<"))
+    return (1 + text.count('"')) / (5 + text.count("!") + 2 * text.count("<"))
 
 
 def quoted(text: str) -> bool:
@@ -132,14 +132,14 @@ def test_the_particles_are_near_their_target(small: str, texts: Texts, name: str
 @pytest.mark.parametrize("name", SETTINGS)
 def test_thousands_of_particles_are_at_their_target(small: str, texts: Texts, name: str) -> None:
     (outcome,) = asyncio.run(filtered(small, [strategy(4096, **SETTINGS[name])]))
-    assert distance(shares(outcome.candidates), keyed(normalised(oracle(texts, SETTINGS[name])))) < 0.035
+    assert distance(shares(outcome.candidates), keyed(normalised(oracle(texts, SETTINGS[name])))) < 0.02
 
 
 def test_the_targets_are_not_each_other(texts: Texts) -> None:
     laws = [normalised(oracle(texts, SETTINGS[name])) for name in ("tempered", "tempered, constraint", "power")]
     laws += [normalised(weights(texts, "power", reward)), normalised(weights(texts, "tempered"))]
-    assert min(distance(one, other) for i, one in enumerate(laws) for other in laws[:i]) > 0.1
-    assert 0.05 < sum(p for ids, p in laws[3].items() if ids[-1] == EOS) < 0.9
+    assert min(distance(one, other) for i, one in enumerate(laws) for other in laws[:i]) > 0.15
+    assert 0.05 < sum(p for ids, p in laws[3].items() if ids[-1] == EOS) < 0.95
 
 
 EVIDENCE = ["tempered", "power, look-ahead, moved", "tempered, exp, chopthin"]
@@ -153,3 +153,150 @@ def test_the_evidence_is_unbiased(small: str, texts: Texts, name: str, runs: int
     ]
     assert abs(statistics.mean(ratios) - 1) <= 3 * statistics.stdev(ratios) / math.sqrt(runs)
     assert statistics.stdev(ratios) > 0.01, "an estimate"
+
+
+# -- particle filtering ------------------------------------------------------------------------------------------------
+
+
+def test_particle_filtering_weighs_by_the_latest_score_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three particles, three steps; each time all are resampled by the odds of their latest scores (arXiv 2502.01618).
+
+    Which ones go on is decided here, so that every weight can be told by hand.
+    """
+    seen: list[list[float]] = []
+    chosen = iter([[0, 0, 2], [0, 1, 1]])
+
+    def resample(log_weights: list[float], method: str, rng: Any) -> Any:
+        assert method == "multinomial"
+        seen.append([round(math.exp(value), 6) for value in log_weights])
+        return next(chosen), [0.0] * 3  # any constant: all weigh the same
+
+    monkeypatch.setattr("orchestra.strategies.reward_smc.resample", resample)
+    scores = {" a ;": 0.5, " b ;": 0.2, " c $": 0.8, " c": 0.8}
+    scores |= {" a ; d ;": 0.9, " a ; e ;": 0.6, " a ; d ; f": 0.25, " a ; e ; f": 0.75}
+
+    def said(context: str, path: tuple[int, ...]) -> str:
+        after = context.split()
+        if after == ["go"]:
+            return [" a ;", " b ;", " c $"][path[0]]
+        return " d ;" if len(after) == 3 and path[0] == 3 else " e ;" if len(after) == 3 else " f $"
+
+    strategy = RewardSmc(
+        particles=3,
+        reward=lambda text: scores[text],
+        step=" ;",
+        step_tokens=None,
+        alpha=1.25,
+        product=True,
+        ess=1,
+        resampler="multinomial",
+        pick="best",
+    )
+    outcome = run(strategy, ScriptedEngine(said), "go")
+    odds = {score: round(score / (1 - score), 6) for score in (0.5, 0.2, 0.8, 0.9, 0.6, 0.25, 0.75)}
+    # c has ended: it is weighed again at every step, by the one score that it has.
+    assert seen == [[odds[0.5], odds[0.2], odds[0.8]], [odds[0.9], odds[0.6], odds[0.8]]]
+    last = [odds[0.25], odds[0.75], odds[0.75]]
+    assert [c.text for c in outcome.candidates] == [" a ; d ; f", " a ; e ; f", " a ; e ; f"]
+    assert [c.weight for c in outcome.candidates] == pytest.approx([value / sum(last) for value in last])
+    assert outcome.text == " a ; e ; f"
+    assert outcome.log_evidence is None
+    assert outcome.approximate
+
+
+# -- what it says, and what it refuses ---------------------------------------------------------------------------------
+
+DEMO = "numbers: 3 7 8 12 target: 54"
+
+
+def run(strategy: Any, engine: Engine | None = None, prompt: str = DEMO, **settings: Any) -> Outcome:
+    async def main() -> Outcome:
+        async with orchestra.connect(engine or open_engine("demo")) as connection:
+            return await connection.run(strategy, prompt, **settings)
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_score_becomes_a_potential() -> None:
+    assert log_potential(0.8, "odds") == pytest.approx(math.log(4))
+    assert log_potential(1.0, "odds") == -log_potential(0.0, "odds") == pytest.approx(math.log(1e7), abs=1e-6)
+    assert log_potential(-3.5, "exp") == -3.5
+    assert log_potential(0.25, "score") == pytest.approx(math.log(0.25))
+    assert log_potential(0.0, "score") == -math.inf
+    for score, potential in ((1.2, "odds"), (-0.1, "odds"), (-0.1, "score")):
+        with pytest.raises(UsageError, match=r"a score of .* potential='exp'"):
+            log_potential(score, potential)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        ("reward_smc(step_tokens=null)", "a step ends at"),
+        ("reward_smc(step='x', moves=1)", "moves begin at any token"),
+        ("reward_smc(lookahead=1)", "lookahead is for target='power'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(spec: str, why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        run(spec)
+
+
+def test_what_truncates_the_distribution_is_refused_or_said() -> None:
+    with pytest.raises(UsageError, match=r"top_p.*approximate=true"):
+        run("reward_smc", max_tokens=8, top_p=0.9)
+    outcome = run("reward_smc(particles=2, approximate=true)", max_tokens=8, top_p=0.9)
+    assert "top_p" in outcome.approximate[0]
+
+
+def test_a_constraint_that_nobody_meets_leaves_no_answer() -> None:
+    strategy = RewardSmc(particles=3, reward=lambda text: False, potential="score", max_tokens=8)
+    outcome = run(strategy)
+    assert (outcome.text, outcome.answer, outcome.log_evidence) == ("", None, None)
+    assert [candidate.weight for candidate in outcome.candidates] == [0, 0, 0]
+    assert outcome.approximate == ["no particle is left: the potential of all is zero"]
+
+
+def test_a_reward_may_be_awaited_and_a_scorer_named() -> None:
+    async def reward(text: str) -> float:
+        await asyncio.sleep(0)
+        return 0.5
+
+    outcome = run(RewardSmc(particles=2, reward=reward, max_tokens=8))
+    assert [candidate.weight for candidate in outcome.candidates] == [0.5, 0.5]
+    scored = run("reward_smc(particles=2, scorer=logprob, potential='exp', max_tokens=8)")
+    logprobs = [candidate.logprob for candidate in scored.candidates]
+    assert None not in logprobs
+    weights = [candidate.weight for candidate in scored.candidates]
+    assert math.log(weights[0] / weights[1]) == pytest.approx(logprobs[0] - logprobs[1])  # type: ignore[operator]
+    judged = run("reward_smc(particles=2, scorer=judge(samples=1, max_tokens=2), potential='exp', max_tokens=4)")
+    assert judged.approximate == ["judge scores particles beside others"]
+
+
+@pytest.mark.parametrize("most", [1, 20, 40])
+def test_what_a_budget_leaves_is_a_particle(most: int) -> None:
+    outcome = run("reward_smc(particles=3, step_tokens=4, max_tokens=16)", budget=f"sampled_tokens={most}")
+    assert outcome.stopped_by == "sampled_tokens"
+    assert outcome.usage.sampled_tokens <= most
+    assert outcome.text
+
+
+# -- the laws ----------------------------------------------------------------------------------------------------------
+
+SPECS = [
+    "reward_smc(particles=3, step_tokens=3, max_tokens=9, ess=1, moves=1)",
+    "reward_smc(particles=3, step_tokens=4, max_tokens=8, ess=1, target='power', alpha=2, lookahead=1)",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_laws_hold_on_a_script(spec: str) -> None:
+    asyncio.run(asyncio.wait_for(check_strategy(ScriptedEngine(replies(" a b c d e f $", " g h $")), spec, "go"), 60))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_laws_hold_on_real_models(tiny: str, spec: str) -> None:
+    async def main() -> None:
+        async with opened(tiny) as engine:
+            await check_parity(engine, (await check_strategy(engine, spec, "the answer is")).graph)
+
+    asyncio.run(asyncio.wait_for(main(), 120))

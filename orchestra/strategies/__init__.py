@@ -13,6 +13,7 @@ from orchestra.strategies.hogwild import Hogwild
 from orchestra.strategies.map_reduce import MapReduce
 from orchestra.strategies.pdr import Pdr
 from orchestra.strategies.power_mh import PowerMh
+from orchestra.strategies.power_smc import PowerSmc
 from orchestra.strategies.refine import Refine
 from orchestra.strategies.reward_smc import RewardSmc
 from orchestra.strategies.sample import Sample
@@ -32,6 +33,7 @@ __all__ = [
     "MapReduce",
     "Pdr",
     "PowerMh",
+    "PowerSmc",
     "Refine",
     "RewardSmc",
     "Sample",

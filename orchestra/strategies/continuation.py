@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 from orchestra.errors import UsageError
 from orchestra.outcome import Candidate
+from orchestra.run import frontier
 from orchestra.runtime.engine import Sampling
+from orchestra.strategies.power_smc import refuse_truncation
 from orchestra.thread import Thread
 
 
@@ -174,6 +176,12 @@ def forget(dropped: Iterable[Continuation], kept: Iterable[Continuation]) -> Non
         root._run.engine_for(root._alias).forget(root._run.graph, gone)
 
 
+def come_together(thread: Thread) -> None:
+    """Have what comes next come after one point, where all that the program has waited for has ended."""
+    point = thread._run.settle((), (), thread.path, thread._alias)
+    frontier.set(frozenset((point.id,)))
+
+
 class Standing:
     """The candidate that a strategy offers, kept up to date: what there is if a budget ends it."""
 
@@ -190,28 +198,11 @@ class Standing:
             self._candidate.__dict__.update(candidate.__dict__)
 
 
-def truncations(sampling: Sampling) -> list[str]:
-    """What in these settings keeps a sampler from all texts that the model could say, or from knowing their weight."""
-    found = {
-        f"top_k={sampling.top_k}": sampling.top_k,
-        f"top_p={sampling.top_p:g}": sampling.top_p < 1,
-        f"min_p={sampling.min_p:g}": sampling.min_p,
-        "ignore_eos": sampling.ignore_eos,
-        "stop strings": sampling.stop,  # one that a cut goes through would not end the text
-    }
-    return [what for what, given in found.items() if given] + sorted(sampling.needs)
-
-
-def exact(name: str, sampling: Sampling, approximate: bool) -> list[str]:
-    """What makes a sampler's result approximate; see `truncations`.
+def exact(name: str, settings: Sampling, approximate: bool) -> list[str]:
+    """What makes the result of a sampler that goes on from any token approximate; see `refuse_truncation`.
 
     Raises:
         UsageError: something does, and it was not asked for.
     """
-    found = truncations(sampling)
-    if found and not approximate:
-        raise UsageError(
-            f"{name} draws from all texts by their probability; {', '.join(found)} would change that: leave it out, or "
-            "say approximate=true"
-        )
-    return found
+    also = {"ignore_eos": settings.ignore_eos, "stop": settings.stop}  # a cut may go through a stop string
+    return refuse_truncation(settings, approximate, name, [what for what, given in also.items() if given])

@@ -15,7 +15,7 @@ from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Capability
 from orchestra.spec import Named
 from orchestra.strategies.base import Strategy
-from orchestra.strategies.continuation import Continuation, accepted, exact, forget, log_ratio
+from orchestra.strategies.continuation import Continuation, accepted, come_together, exact, forget, log_ratio
 from orchestra.strategies.particles import Resampler, draw, effective_sample_size, log_mean, normalised, resample
 from orchestra.strategies.potentials import Potential, compares, log_potentials
 from orchestra.strategies.power_mh import MAX_TOKENS
@@ -155,6 +155,7 @@ class _Filter:
             if not self._standing:
                 self._thread.offer(spent.thread.candidate())
             raise
+        come_together(self._thread)
         if self._strategy.product:
             grown = list(range(len(old)))
         else:  # what has not grown keeps its twist, and so its weight
@@ -184,7 +185,10 @@ class _Filter:
 
     async def _twists(self, states: Sequence[Continuation]) -> list[float]:
         """Logarithms of the potentials, times what lies before those that go on."""
-        ahead = await gather([self._ahead(state) for state in states])
+        ahead = [0.0] * len(states)
+        if self._strategy.lookahead:
+            ahead = await gather([self._ahead(state) for state in states])
+            come_together(self._thread)
         scorer = self._strategy.scored_by
         if scorer is None:
             return ahead
@@ -194,7 +198,7 @@ class _Filter:
 
     async def _ahead(self, state: Continuation) -> float:
         """An estimate of the sum of p^alpha over all ways to go on, without bias, by rollouts."""
-        if self._done(state) or not self._strategy.lookahead:
+        if self._done(state):
             return 0.0
         forks = [state.fork() for _ in range(self._strategy.lookahead)]
         ends = await gather([fork.grow(self._limit - len(fork), self._sampling) for fork in forks])
@@ -221,6 +225,7 @@ class _Filter:
         cuts = [self._rng.randrange(len(particle.state)) for particle in self._particles]
         work = [self._redraw(p.state, cut, reach) for p, cut in zip(self._particles, cuts, strict=True)]
         states = await gather(work)
+        come_together(self._thread)
         twists = await self._twists(states)
         for index, (new, twist, cut) in enumerate(zip(states, twists, cuts, strict=True)):
             old, state = self._particles[index], self._particles[index].state
