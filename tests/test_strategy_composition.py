@@ -21,6 +21,8 @@ LEAVES = {
     "map_reduce": "map_reduce",
     "budget_forcing": "budget_forcing(extensions=1)",
     "beam_search": "beam_search(width=2, max_tokens=4)",
+    "cautious": "cautious(trials=2)",
+    "reward_smc": "reward_smc(particles=2, scorer=mean_logprob, potential='exp', ess=1, step_tokens=2)",
     "power_mh": "power_mh(blocks=2, moves=2, max_tokens=6)",
     "hogwild": "hogwild(instruct=False, max_tokens=6, finish='', ban_eos=False, ban=[])",
     "confidence_vote": "confidence_vote(samples=2, window=1, top=2, keep=1.0)",

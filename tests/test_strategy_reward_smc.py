@@ -37,7 +37,7 @@ from orchestra.testing import check_parity, check_strategy
 from orchestra.testing.scripted import ScriptedEngine, replies
 
 TOKENS = 3
-ALPHA = 4.0
+ALPHA = 3.0
 Texts = dict[Ids, list[list[float]]]
 
 
@@ -122,7 +122,7 @@ def strategy(particles: int, **setting: Any) -> RewardSmc:
 def test_the_particles_are_near_their_target(small: str, texts: Texts, name: str) -> None:
     (outcome,) = asyncio.run(filtered(small, [strategy(256, **SETTINGS[name])]))
     wanted = oracle(texts, SETTINGS[name])
-    assert distance(shares(outcome.candidates), keyed(normalised(wanted))) < 0.14
+    assert distance(shares(outcome.candidates), keyed(normalised(wanted))) < 0.13
     assert sum(candidate.weight for candidate in outcome.candidates) == pytest.approx(1)
     assert outcome.log_evidence == pytest.approx(log_total(wanted), abs=0.4)
     assert outcome.approximate == []
@@ -132,25 +132,24 @@ def test_the_particles_are_near_their_target(small: str, texts: Texts, name: str
 @pytest.mark.parametrize("name", SETTINGS)
 def test_thousands_of_particles_are_at_their_target(small: str, texts: Texts, name: str) -> None:
     (outcome,) = asyncio.run(filtered(small, [strategy(4096, **SETTINGS[name])]))
-    assert distance(shares(outcome.candidates), keyed(normalised(oracle(texts, SETTINGS[name])))) < 0.02
+    assert distance(shares(outcome.candidates), keyed(normalised(oracle(texts, SETTINGS[name])))) < 0.03
 
 
 def test_the_targets_are_not_each_other(texts: Texts) -> None:
     laws = [normalised(oracle(texts, SETTINGS[name])) for name in ("tempered", "tempered, constraint", "power")]
     laws += [normalised(weights(texts, "power", reward)), normalised(weights(texts, "tempered"))]
-    assert min(distance(one, other) for i, one in enumerate(laws) for other in laws[:i]) > 0.15
+    assert min(distance(one, other) for i, one in enumerate(laws) for other in laws[:i]) > 0.1
     assert 0.05 < sum(p for ids, p in laws[3].items() if ids[-1] == EOS) < 0.95
 
 
 EVIDENCE = ["tempered", "power, look-ahead, moved", "tempered, exp, chopthin"]
 
 
-@pytest.mark.parametrize(("name", "runs"), [(EVIDENCE[0], 120), *((name, 60) for name in EVIDENCE[1:])])
+@pytest.mark.parametrize(("name", "runs"), [(EVIDENCE[0], 200), *((name, 80) for name in EVIDENCE[1:])])
 def test_the_evidence_is_unbiased(small: str, texts: Texts, name: str, runs: int) -> None:
     outcomes = asyncio.run(filtered(small, [strategy(4, **SETTINGS[name])], range(runs)))
-    ratios = [
-        math.exp((outcome.log_evidence or 0.0) - log_total(oracle(texts, SETTINGS[name]))) for outcome in outcomes
-    ]
+    truth = log_total(oracle(texts, SETTINGS[name]))
+    ratios = [math.exp((outcome.log_evidence or 0.0) - truth) for outcome in outcomes]
     assert abs(statistics.mean(ratios) - 1) <= 3 * statistics.stdev(ratios) / math.sqrt(runs)
     assert statistics.stdev(ratios) > 0.01, "an estimate"
 
@@ -219,7 +218,8 @@ def run(strategy: Any, engine: Engine | None = None, prompt: str = DEMO, **setti
 
 def test_a_score_becomes_a_potential() -> None:
     assert log_potential(0.8, "odds") == pytest.approx(math.log(4))
-    assert log_potential(1.0, "odds") == -log_potential(0.0, "odds") == pytest.approx(math.log(1e7), abs=1e-6)
+    assert log_potential(1.0, "odds") == pytest.approx(math.log(1e7), abs=1e-6)
+    assert log_potential(0.0, "odds") == pytest.approx(-math.log(1e7), abs=1e-6)
     assert log_potential(-3.5, "exp") == -3.5
     assert log_potential(0.25, "score") == pytest.approx(math.log(0.25))
     assert log_potential(0.0, "score") == -math.inf
@@ -268,7 +268,7 @@ def test_a_reward_may_be_awaited_and_a_scorer_named() -> None:
     assert None not in logprobs
     weights = [candidate.weight for candidate in scored.candidates]
     assert math.log(weights[0] / weights[1]) == pytest.approx(logprobs[0] - logprobs[1])  # type: ignore[operator]
-    judged = run("reward_smc(particles=2, scorer=judge(samples=1, max_tokens=2), potential='exp', max_tokens=4)")
+    judged = run("reward_smc(particles=2, scorer=judge(samples=1), potential='exp')", ScriptedEngine(replies(" a $")))
     assert judged.approximate == ["judge scores particles beside others"]
 
 

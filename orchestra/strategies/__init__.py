@@ -7,6 +7,7 @@ from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, re
 from orchestra.strategies.beam_search import BeamSearch
 from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.budget_forcing import BudgetForcing
+from orchestra.strategies.cautious import Cautious
 from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.hogwild import Hogwild
@@ -27,6 +28,7 @@ __all__ = [
     "BeamSearch",
     "BestOf",
     "BudgetForcing",
+    "Cautious",
     "ConfidenceVote",
     "FirstFinish",
     "Hogwild",

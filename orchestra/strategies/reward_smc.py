@@ -133,10 +133,10 @@ class _Filter:
             steps += 1
             reach = min(self._limit, steps * (self._strategy.step_tokens or self._limit))
             await self._advance(reach)
-            if all(self._done(particle.state) for particle in self._particles):
-                break
             if max(self._log_weights) == -math.inf:
                 said.append("no particle is left: the potential of all is zero")
+                break
+            if all(self._done(particle.state) for particle in self._particles):
                 break
             if self._resample():
                 for _ in range(self._strategy.moves):
