@@ -14,6 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # Small models are fastest, and steadiest, on one thread.
 export OMP_NUM_THREADS ?= 1
 
+# Test processes side by side; a file's tests stay together, and so do all that share a server (tests/conftest.py).
+JOBS ?= 2
+SIDE_BY_SIDE := -n $(JOBS) --dist loadgroup
+
 .PHONY: demo test test-all check clean strategies-table sglang-cpu sglang-cpu-stop
 
 demo: $(VENV)/.local
@@ -22,11 +26,11 @@ demo: $(VENV)/.local
 # The tests of servers run against a real SGLang where it can be installed; elsewhere they are skipped, and say so.
 test: $(VENV)/.dev
 	-@$(MAKE) --no-print-directory $(VENV)/.sglang
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/.dev
 	-@$(MAKE) --no-print-directory $(VENV)/.sglang
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not gpu"
 
 strategies-table: $(VENV)/.local
 	$(BIN)/python benchmarks/strategies.py

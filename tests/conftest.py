@@ -16,6 +16,20 @@ import pytest
 # A job that a shell put in the background ignores Ctrl-C, and so would the processes that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+SHARED = frozenset({"sglang_server", "tagged_server", "speaker"})
+"""Fixtures that take long to set up: all tests with one of them run in one process."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say which tests stay together when several processes run them side by side."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        shared = SHARED.intersection(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("shared" if shared else item.path.name))
+
+
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 

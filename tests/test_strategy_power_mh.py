@@ -223,7 +223,7 @@ def test_the_moves_cost_what_is_drawn_anew() -> None:
     assert usage.requests <= 2 + 2 * 6
 
 
-@pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"ignore_eos": True}, {"stop": "="}])
+@pytest.mark.parametrize("setting", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"stop": "="}])
 def test_what_truncates_the_distribution_is_refused_or_said(setting: dict[str, Any]) -> None:
     (name,) = setting
     with pytest.raises(UsageError, match=f"{name}.*approximate=true"):

@@ -222,6 +222,41 @@ def hogwild(
 
 
 @app.command()
+def power(
+    model: Annotated[
+        str, typer.Option(help="demo, qwen2.5-0.5b-shape (random weights), or a folder.")
+    ] = "qwen2.5-0.5b-shape",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
+    ] = None,
+    particles: Annotated[int, typer.Option(min=2, help="How many.")] = 64,
+    prompt: Annotated[str, typer.Option(metavar="N,...", help="Letters of the prompt.")] = "64",
+    tokens: Annotated[int, typer.Option(min=4, help="Of each text.")] = 64,
+    every: Annotated[int, typer.Option(min=1, help="Tokens between two forced resamplings.")] = 16,
+    alpha: Annotated[float, typer.Option(min=1, help="The exponent.")] = 4.0,
+    moves: Annotated[int, typer.Option(min=0, help="Of power_mh, in each of 16 blocks; 0 leaves it out.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")] = 3,
+    out: Out = None,
+) -> None:
+    """Power-SMC beside as many plain samples on the same engine, and beside one; what resampling costs."""
+    _begin(out, threads)
+    from orchestra.benchmarks import power as bench
+    from orchestra.benchmarks.machine import machine
+    from orchestra.benchmarks.models import model_folder
+    from orchestra.benchmarks.report import Report
+
+    prompts = (0,) if model == "demo" else _numbers(prompt, "prompt")
+    compared = bench.ways(particles, every, alpha, moves)
+    with model_folder(model, dtype, layers) as folder:
+        shown = model + (f", {layers} layers" if layers else "")
+        title = f"Power sampling: {particles} particles of {tokens} tokens: {shown}, {dtype}"
+        report = Report(title, bench.COLUMNS, machine(), bench.NOTES)
+        _show(report, bench.rows(folder, dtype, compared, prompts, tokens, repeats), out)
+
+
+@app.command()
 def client(
     samples: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 256,
     milliseconds: Annotated[float, typer.Option(min=0, help="The server takes for each.")] = 205.0,

@@ -103,6 +103,11 @@ class Sampling:
         return frozenset(capability for capability, given in asked.items() if given)
 
     @property
+    def steers(self) -> bool:
+        """Whether the logits are changed, beyond temperature, powers and truncation."""
+        return bool(self.needs - {Capability.LOCK_STEP})
+
+    @property
     def remembers(self) -> bool:
         """Whether what may come next depends on what the generation has sampled, beyond what the model sees of it."""
         return not self.needs <= {Capability.LOGIT_BIAS}

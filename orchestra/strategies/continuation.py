@@ -15,7 +15,6 @@ from orchestra.errors import UsageError
 from orchestra.outcome import Candidate
 from orchestra.run import frontier
 from orchestra.runtime.engine import Sampling
-from orchestra.strategies.power_smc import refuse_truncation
 from orchestra.thread import Thread
 
 
@@ -198,11 +197,35 @@ class Standing:
             self._candidate.__dict__.update(candidate.__dict__)
 
 
-def exact(name: str, settings: Sampling, approximate: bool) -> list[str]:
-    """What makes the result of a sampler that goes on from any token approximate; see `refuse_truncation`.
+def truncations(sampling: Sampling) -> list[str]:
+    """What in these settings keeps a sampler from all texts that the model could say, or from knowing their weight.
+
+    Not `ignore_eos`: the end of sequence is then a token as any other, and all texts are of one length.
+    """
+    found = {
+        f"top_k={sampling.top_k}": sampling.top_k,
+        f"top_p={sampling.top_p:g}": sampling.top_p < 1,
+        f"min_p={sampling.min_p:g}": sampling.min_p,
+    }
+    return [what for what, given in found.items() if given] + sorted(sampling.needs)
+
+
+def exact(name: str, sampling: Sampling, approximate: bool, *, cuts: bool = False) -> list[str]:
+    """What makes a sampler's result approximate; see `truncations`.
+
+    Args:
+        name: of the strategy.
+        sampling: the settings.
+        approximate: whether that is asked for.
+        cuts: texts are cut and drawn anew: a stop string that a cut goes through would not end them.
 
     Raises:
         UsageError: something does, and it was not asked for.
     """
-    also = {"ignore_eos": settings.ignore_eos, "stop": settings.stop}  # a cut may go through a stop string
-    return refuse_truncation(settings, approximate, name, [what for what, given in also.items() if given])
+    found = truncations(sampling) + (["stop strings"] if cuts and sampling.stop else [])
+    if found and not approximate:
+        raise UsageError(
+            f"{name} draws from all texts by their probability; {', '.join(found)} would change that: leave it out, or "
+            "say approximate=true"
+        )
+    return found

@@ -48,7 +48,7 @@ class PowerMh(Strategy):
     async def __call__(self, thread: Thread) -> Outcome:
         """Walk the chain."""
         settings = thread.sampling()
-        said = exact(self.name, settings, self.approximate)
+        said = exact(self.name, settings, self.approximate, cuts=True)
         limit = self.max_tokens or settings.max_tokens or MAX_TOKENS
         sampling = {"temperature": self.temperature or 1 / self.alpha}
         rng = random.Random(f"power_mh/{thread._run.seed}/{thread.path}")

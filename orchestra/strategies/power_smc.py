@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 
 from pydantic import Field
 
-from orchestra.errors import BudgetExceeded, EngineError, UsageError
+from orchestra.errors import BudgetExceeded, EngineError
 from orchestra.lockstep import GroupCut
 from orchestra.outcome import Candidate, Outcome
 from orchestra.run import scope
 from orchestra.runtime.engine import Capability, Step
-from orchestra.runtime.sampling import Sampling
 from orchestra.strategies.base import Strategy
+from orchestra.strategies.continuation import exact
 from orchestra.strategies.particles import Resampler, draw, effective_sample_size, log_mean, normalised, resample
 from orchestra.strategies.sampling import MAX_SAMPLES
 from orchestra.thread import Thread
@@ -68,7 +68,7 @@ class PowerSmc(Strategy):
     async def __call__(self, thread: Thread) -> Outcome:
         """Grow, weigh and resample to the end, then draw."""
         settings = thread.sampling()
-        wrong = refuse_truncation(settings, self.approximate, self.name)
+        said = exact(self.name, settings, self.approximate)
         swarm = _Swarm(self, thread, self.max_tokens or settings.max_tokens)
         try:
             await swarm.grow()
@@ -85,7 +85,7 @@ class PowerSmc(Strategy):
             candidates=candidates,
             finish_reason=best.finish_reason,
             log_evidence=log_mean(swarm.weights.logs),
-            approximate=wrong,
+            approximate=said,
         )
         outcome._thread = swarm.threads[chosen]
         return outcome
@@ -93,28 +93,6 @@ class PowerSmc(Strategy):
     def exponent(self, index: int) -> float:
         """The exponent in force when token `index` of a text is drawn."""
         return 1 + (self.alpha - 1) * min(1.0, (index + 1) / self.ramp) if self.ramp else self.alpha
-
-
-def refuse_truncation(settings: Sampling, allowed: bool, name: str, also: Sequence[str] = ()) -> list[str]:
-    """What keeps tokens from being drawn that the target has; nothing may, unless that is `allowed`.
-
-    Args:
-        settings: of the run.
-        allowed: say it, but go on.
-        name: of the strategy.
-        also: what else of the settings this strategy cannot have.
-
-    Raises:
-        UsageError: something does.
-    """
-    asked = [key for key in ("top_k", "top_p", "min_p") if getattr(settings, key) != getattr(Sampling(), key)]
-    asked += [*sorted(need.value for need in settings.needs), *also]
-    if asked and not allowed:
-        raise UsageError(
-            f"{name} draws from all of the model's distribution; {', '.join(asked)} would change it (approximate=true "
-            "allows that, and the outcome says so)"
-        )
-    return [f"{what} changes what can be drawn" for what in asked]
 
 
 class PowerWeights:
@@ -193,8 +171,8 @@ class _Swarm:
         self.weights.raise_to(self._strategy.alpha)
 
     def _uneven(self) -> bool:
-        logs = self.weights.logs
-        return effective_sample_size(logs) < self._strategy.ess * len(logs)
+        least = self._strategy.ess * len(self.weights.logs)
+        return least > 0 and effective_sample_size(self.weights.logs) < least
 
     def _exponent(self, index: int) -> float:
         """In force when token `index` of a text is drawn: the one that the ramp has at the end of the token's block."""

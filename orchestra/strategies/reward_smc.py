@@ -92,7 +92,7 @@ class RewardSmc(Strategy):
 
     async def __call__(self, thread: Thread) -> Outcome:
         """Filter, then pick."""
-        said = exact(self.name, thread.sampling(), self.approximate)
+        said = exact(self.name, thread.sampling(), self.approximate, cuts=True)
         if self.product:
             said.append("product: how often a potential counts depends on how long the particles take")
         if self.scored_by is not None and compares(self.scored_by):

@@ -241,7 +241,7 @@ class LocalEngine(Engine):
 
     def _steering(self, sampling: Sampling, model: LoadedModel, prompts: Prompts) -> Steering | None:
         """What changes a generation's logits; None if nothing does."""
-        if not sampling.needs:
+        if not sampling.steers:
             return None
         vocabulary: int = model.module.config.get_text_config().vocab_size
         if wrong := [token for token, _ in sampling.logit_bias if not 0 <= token < vocabulary]:

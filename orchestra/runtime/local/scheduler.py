@@ -58,6 +58,7 @@ class Scheduler:
         cache, arena, runs: what is on the engine.
         admission, waiting, scores: who may hold memory, and who waits for it.
         sampled, computed: the counters of `Load`.
+        paused: identities of the graphs of groups that were stopped, and will want their slots again.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Scheduler:
         self.outbox: list[tuple[Job, Delta | EngineError]] = []
         self.sampled = self.computed = 0
         self.gangs: dict[LocalGang, None] = {}
+        self.paused: set[int] = set()
         self._prefilling: list[Job] = []
         self._stable: Stable | None = None
 
@@ -154,6 +156,7 @@ class Scheduler:
                 self.cancel(job)
         self.close_gangs([gang for gang in self.gangs if gang.graph is graph])
         self.cache.release(run)
+        self.paused.discard(id(graph))
         self.arena.trim()
         self._stable = None
 
@@ -348,6 +351,7 @@ class Scheduler:
         for group in {job.group for job in stable.jobs if job.group is not None}:
             stopped = group.stopped()
             self.outbox += [(job, job.finish("paused")) for job in stopped]
+            self.paused |= {id(job.graph) for job in stopped}
             ended += stopped
         for job in ended:
             self._retire(job)

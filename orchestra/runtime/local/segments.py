@@ -229,7 +229,10 @@ class Arena:
         if job.gang is not None and job.gang.slab is not None and slab is None:
             slab = self.enlarge(job.gang.slab, capacity, job.gang.slab.taken + 1)
         elif slab is None:
-            slab = self._new(capacity, job.gang, 1)
+            # The others of a group come next.
+            slab = self._new(
+                capacity, job.gang, 1 if job.group is None else min(job.group.members, self._most(capacity))
+            )
         elif slab.taken == slab.slots:
             slab.resize(min(2 * slab.slots, self._most(capacity)))
         slab.reserved += 1

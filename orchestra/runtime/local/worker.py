@@ -219,7 +219,8 @@ class Worker:
             if self._debug:
                 scheduler.check_integrity()
             return True
-        scheduler.arena.trim()
+        if not scheduler.paused:
+            scheduler.arena.trim()
         if self._debug:
             scheduler.check_integrity()
         if (scheduler.waiting or scheduler.scores) and not scheduler.stalled:
