@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from conftest import byte_tokenizer
@@ -60,15 +61,20 @@ def normalised(log_weights: Mapping[Any, float]) -> dict[Any, float]:
     return {key: math.exp(value) / total for key, value in log_weights.items()}
 
 
+@cache
 def key_of(ids: Ids) -> Key:
     """What tells a text from the others in an outcome: what it says with special tokens shown, and its length."""
-    return byte_tokenizer().decode([token for token in ids if token != EOS]), len(ids)
+    return _tokenizer().decode([token for token in ids if token != EOS]), len(ids)
+
+
+@cache
+def _tokenizer() -> Any:
+    return byte_tokenizer()
 
 
 def keyed(law: Mapping[Ids, float]) -> dict[Key, float]:
     """A law over token ids as one over what an outcome shows."""
-    tokenizer = byte_tokenizer()
-    found = {(tokenizer.decode([token for token in ids if token != EOS]), len(ids)): p for ids, p in law.items()}
+    found = {key_of(ids): p for ids, p in law.items()}
     assert len(found) == len(law)
     return found
 

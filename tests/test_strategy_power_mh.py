@@ -29,7 +29,7 @@ from orchestra import Outcome
 from orchestra.errors import CapabilityError, UsageError
 from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Engine
-from orchestra.strategies.continuation import log_acceptance
+from orchestra.strategies.continuation import log_ratio
 from orchestra.testing import check_parity, check_strategy
 from orchestra.testing.scripted import ScriptedEngine, replies
 
@@ -83,7 +83,7 @@ def said(ids: Ids, tables: list[list[float]], temperature: float) -> Said:
 
 
 def stationary(
-    texts: dict[Ids, list[list[float]]], temperature: float, log_ratio: Acceptance, alpha: float = ALPHA
+    texts: dict[Ids, list[list[float]]], temperature: float, ratio: Acceptance, alpha: float = ALPHA
 ) -> dict[Ids, float]:
     """Where the chain of moves ends up, by its transition matrix."""
     import numpy as np
@@ -96,7 +96,7 @@ def stationary(
             for cut in range(min(len(old), len(new))):
                 if old[:cut] == new[:cut]:
                     drawn = math.exp(sum(scored[new].tempered[cut:])) / len(old)
-                    moves[i, j] += drawn * math.exp(min(0.0, log_ratio(scored[old], scored[new], cut, alpha)))
+                    moves[i, j] += drawn * math.exp(min(0.0, ratio(scored[old], scored[new], cut, alpha)))
         moves[i, i] += 1 - moves[i].sum()
     assert moves.min() > -1e-9
     for _ in range(20):
@@ -106,20 +106,20 @@ def stationary(
 
 
 def no_cut_term(old: Said, new: Said, cut: int, alpha: float) -> float:
-    return log_ratio_of(old, new, cut, len(old.logprobs), len(new.logprobs), alpha)
+    return ratio_of(old, new, cut, len(old.logprobs), len(new.logprobs), alpha)
 
 
 def clipped(old: Said, new: Said, cut: int, alpha: float) -> float:
     """Both suffixes cut to the shorter: what the released code of the paper does."""
     end = min(len(old.logprobs), len(new.logprobs))
-    return log_ratio_of(old, new, cut, end, end, alpha)
+    return ratio_of(old, new, cut, end, end, alpha)
 
 
 def no_proposal(old: Said, new: Said, cut: int, alpha: float) -> float:
     return alpha * (sum(new.logprobs[cut:]) - sum(old.logprobs[cut:]))
 
 
-def log_ratio_of(old: Said, new: Said, cut: int, old_end: int, new_end: int, alpha: float) -> float:
+def ratio_of(old: Said, new: Said, cut: int, old_end: int, new_end: int, alpha: float) -> float:
     p = sum(new.logprobs[cut:new_end]) - sum(old.logprobs[cut:old_end])
     return alpha * p + sum(old.tempered[cut:old_end]) - sum(new.tempered[cut:new_end])
 
@@ -127,7 +127,7 @@ def log_ratio_of(old: Said, new: Said, cut: int, old_end: int, new_end: int, alp
 @pytest.mark.parametrize("temperature", [0.25, 0.6, 1.0])
 def test_the_moves_lead_to_the_power_of_the_whole_text(texts: dict[Ids, list[list[float]]], temperature: float) -> None:
     assert len(texts) == 1 + 5 + 5 * 5 * 6
-    assert distance(stationary(texts, temperature, log_acceptance), target(texts)) < 1e-6
+    assert distance(stationary(texts, temperature, log_ratio), target(texts)) < 1e-6
 
 
 @pytest.mark.parametrize("wrong", [no_cut_term, clipped, no_proposal])
@@ -230,7 +230,7 @@ def test_what_truncates_the_distribution_is_refused_or_said(setting: dict[str, A
         run("power_mh", max_tokens=8, **setting)
     outcome = run("power_mh(approximate=true, blocks=1, moves=1)", max_tokens=8, **setting)
     assert len(outcome.approximate) == 1
-    assert outcome.approximate[0].startswith(name)
+    assert name in outcome.approximate[0]
 
 
 def test_an_early_stop_is_said() -> None:

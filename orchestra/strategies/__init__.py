@@ -7,6 +7,7 @@ from orchestra.strategies.base import Spec, Strategy, StrategyField, execute, re
 from orchestra.strategies.beam_search import BeamSearch
 from orchestra.strategies.best_of import BestOf
 from orchestra.strategies.budget_forcing import BudgetForcing
+from orchestra.strategies.cautious import Cautious
 from orchestra.strategies.confidence_vote import ConfidenceVote
 from orchestra.strategies.first_finish import FirstFinish
 from orchestra.strategies.hogwild import Hogwild
@@ -16,6 +17,7 @@ from orchestra.strategies.pdr import Pdr
 from orchestra.strategies.power_mh import PowerMh
 from orchestra.strategies.power_smc import PowerSmc
 from orchestra.strategies.refine import Refine
+from orchestra.strategies.reward_smc import RewardSmc
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.scorers import Scorer
 from orchestra.strategies.self_consistency import SelfConsistency
@@ -27,6 +29,7 @@ __all__ = [
     "BeamSearch",
     "BestOf",
     "BudgetForcing",
+    "Cautious",
     "ConfidenceVote",
     "FirstFinish",
     "Hogwild",
@@ -36,6 +39,7 @@ __all__ = [
     "PowerMh",
     "PowerSmc",
     "Refine",
+    "RewardSmc",
     "Sample",
     "Scorer",
     "SelfConsistency",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from orchestra.errors import UsageError
 from orchestra.outcome import Candidate
+from orchestra.run import frontier
 from orchestra.runtime.engine import Capability, Sampling
 from orchestra.thread import Thread
 
@@ -29,17 +30,17 @@ class Scored(Protocol):
         """Of each token under the law that it was drawn from (nats)."""
 
 
-def log_acceptance(old: Scored, new: Scored, cut: int, alpha: float) -> float:
-    """Logarithm of the Metropolis-Hastings ratio of a move in p^alpha from `old` to `new`, at most 0.
+def log_ratio(old: Scored, new: Scored, cut: int, alpha: float) -> float:
+    """Logarithm of the Metropolis-Hastings ratio of a move in p^alpha from `old` to `new`.
 
     The move has cut `old` after `cut` of its tokens, a number drawn evenly from 0 to `len(old) - 1`, and drawn the rest
-    anew. Way back, the same cut is one of `len(new)`; whatever the lengths, the whole of both suffixes counts:
+    anew. On the way back, the same cut is one of `len(new)`; whatever the lengths, the whole of both suffixes counts:
 
         alpha (log p(new) - log p(old)) + log q(old) - log q(new) + log len(old) - log len(new)
     """
     p = math.fsum(new.logprobs[cut:]) - math.fsum(old.logprobs[cut:])
     q = math.fsum(old.tempered[cut:]) - math.fsum(new.tempered[cut:])
-    return min(0.0, alpha * p + q + math.log(len(old.logprobs)) - math.log(len(new.logprobs)))
+    return alpha * p + q + math.log(len(old.logprobs)) - math.log(len(new.logprobs))
 
 
 def accepted(log_ratio: float, rng: random.Random) -> bool:
@@ -59,7 +60,7 @@ class Continuation:
     """What has been sampled after `root`. A value: growing and cutting give new ones.
 
     Attributes:
-        root: the thread before it. All that grows has a fork path under its path.
+        root: the thread before it, a fork. All that grows has a fork path under its path.
         ids: its tokens; an end of sequence is one of them.
         logprobs, tempered: see `Scored`.
         ended: nothing can follow: an end of sequence, a stop, or the end of the context.
@@ -93,35 +94,40 @@ class Continuation:
             _pieces=tuple(pieces),
         )
 
-    async def grow(self, count: int, sampling: Mapping[str, Any]) -> Continuation:
-        """With up to `count` more tokens, unless it has ended.
+    def fork(self) -> Continuation:
+        """The same, to go on from with randomness of its own."""
+        root = self.root
+        return replace(self, root=root._with(path=root._run.fork_path(root.path[:-1])))
+
+    async def grow(self, count: int, sampling: Mapping[str, Any], pause: str = "") -> Continuation:
+        """With up to `count` more tokens, unless it has ended; or up to the string at which it pauses.
 
         Raises:
             BudgetExceeded: a budget ended it.
         """
         if self.ended or count < 1:
             return self
-        thread = await self._end()
-        thread = thread._with(path=self.root._run.fork_path(self.root.path))
-        grown = await thread.generate(**sampling, max_tokens=count, logprobs=True, tempered=True)
+        path = self.root._run.fork_path(self.root.path)
+        thread = (await self._end())._with(path=path)
+        stops = (*thread.sampling().stop, pause) if pause else None
+        grown = await thread.generate(**sampling, stop=stops, max_tokens=count, logprobs=True, tempered=True)
         ids = [token for span in grown._sampled for token in span.tokens]
         if not len(ids) == len(grown.logprobs) == len(grown.tempered):
             raise UsageError(f"{grown._run.engine_for(grown._alias).name} does not tell every token's probability")
+        paused = grown.matched == pause if pause else False
         return replace(
             self,
             ids=(*self.ids, *ids),
             logprobs=(*self.logprobs, *grown.logprobs),
             tempered=(*self.tempered, *grown.tempered),
-            ended=grown.finish_reason != "length" or len(ids) < count,
+            ended=not paused and (grown.finish_reason != "length" or len(ids) < count),
             _pieces=(*self._pieces, _Piece(grown, len(ids))) if ids else self._pieces,
         )
 
-    def forget(self, kept: Continuation) -> None:
-        """A hint to the engine: of what this has and `kept` has not, nothing is needed any more."""
-        shared = {piece.thread._node.id for piece in kept._pieces if piece.thread._node is not None}
-        nodes = [piece.thread._node.id for piece in self._pieces if piece.thread._node is not None]
-        run = self.root._run
-        run.engine_for(self.root._alias).forget(run.graph, [node for node in nodes if node not in shared])
+    @property
+    def nodes(self) -> list[int]:
+        """The nodes of the graph that it has tokens of."""
+        return [piece.thread._node.id for piece in self._pieces if piece.thread._node is not None]
 
     async def _end(self) -> Thread:
         """A thread that stands after it."""
@@ -155,6 +161,26 @@ class Continuation:
         )
 
 
+def forget(dropped: Iterable[Continuation], kept: Iterable[Continuation]) -> None:
+    """A hint to the engine: what only `dropped` ones of a run have is not needed any more."""
+    gone: dict[int, None] = {}
+    root = None
+    for state in dropped:
+        root = state.root
+        gone |= dict.fromkeys(state.nodes)
+    for state in kept:
+        for node in state.nodes:
+            gone.pop(node, None)
+    if root is not None and gone:
+        root._run.engine_for(root._alias).forget(root._run.graph, gone)
+
+
+def come_together(thread: Thread) -> None:
+    """Have what comes next come after one point, where all that the program has waited for has ended."""
+    point = thread._run.settle((), (), thread.path, thread._alias)
+    frontier.set(frozenset((point.id,)))
+
+
 class Standing:
     """The candidate that a strategy offers, kept up to date: what there is if a budget ends it."""
 
@@ -169,14 +195,6 @@ class Standing:
             self._thread.offer(self._candidate)
         else:
             self._candidate.__dict__.update(candidate.__dict__)
-
-
-async def proposal(
-    state: Continuation, limit: int, sampling: Mapping[str, Any], rng: random.Random
-) -> tuple[Continuation, int]:
-    """A move's proposal: cut evenly among the tokens, and regrown from there to at most `limit` tokens; and the cut."""
-    cut = rng.randrange(len(state))
-    return await state.cut(cut).grow(limit - cut, sampling), cut
 
 
 def truncations(sampling: Sampling) -> list[str]:

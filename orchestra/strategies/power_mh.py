@@ -9,7 +9,7 @@ from pydantic import Field
 from orchestra.outcome import Outcome
 from orchestra.runtime.engine import Capability
 from orchestra.strategies.base import Strategy
-from orchestra.strategies.continuation import Continuation, Standing, accepted, exact, log_acceptance, proposal
+from orchestra.strategies.continuation import Continuation, Standing, accepted, exact, forget, log_ratio
 from orchestra.thread import BudgetCut, Thread
 
 MAX_TOKENS = 3072
@@ -64,11 +64,12 @@ class PowerMh(Strategy):
             standing.tell(await state.candidate())
             visits = {state.ids: (state, 1)}
             for _ in range(self.moves if state.ids else 0):
-                new, cut = await proposal(state, reach, sampling, rng)
-                if accepted(log_acceptance(state, new, cut, self.alpha), rng):
+                cut = rng.randrange(len(state))
+                new = await state.cut(cut).grow(reach - cut, sampling)
+                if accepted(log_ratio(state, new, cut, self.alpha), rng):
                     state, new = new, state
                     standing.tell(await state.candidate())
-                new.forget(state)
+                forget([new], [state])
                 visits[state.ids] = (state, visits.get(state.ids, (state, 0))[1] + 1)
             if self.early_stop and state.ended and block < self.blocks:
                 said.append(f"early_stop after block {block} of {self.blocks}")
