@@ -117,9 +117,7 @@ def resampled(threads: Sequence[Thread], ancestors: Sequence[int]) -> None:
     for thread in threads:
         thread._touch()
     run, alias = threads[0]._run, threads[0]._alias
-    choice = run.settle((), (), threads[0].path, alias)
-    choice.notes["ancestors"] = list(ancestors)
-    frontier.set(frozenset((choice.id,)))
+    run.meet(threads[0].path, alias).notes["ancestors"] = list(ancestors)
     dead = [thread for index, thread in enumerate(threads) if index not in kept]
     living = {node for index in kept for node in run.graph.view(threads[index]._stem.known)}
     gone = {node for thread in dead for node in run.graph.view(thread._stem.known)} - living

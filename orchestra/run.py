@@ -262,6 +262,12 @@ class Run:
         node.finish_reason = "forced"
         return node
 
+    def meet(self, path: Path, alias: str) -> Node:
+        """Have what comes next come after one point, an empty node: all that the program has waited for has ended."""
+        node = self.settle((), (), path, alias)
+        frontier.set(frozenset((node.id,)))
+        return node
+
     async def generate(
         self,
         context: Sequence[Edge],

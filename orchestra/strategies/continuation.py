@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 from orchestra.errors import UsageError
 from orchestra.outcome import Candidate
-from orchestra.run import frontier
 from orchestra.runtime.engine import Capability, Sampling
 from orchestra.thread import Thread
 
@@ -173,12 +172,6 @@ def forget(dropped: Iterable[Continuation], kept: Iterable[Continuation]) -> Non
             gone.pop(node, None)
     if root is not None and gone:
         root._run.engine_for(root._alias).forget(root._run.graph, gone)
-
-
-def come_together(thread: Thread) -> None:
-    """Have what comes next come after one point, where all that the program has waited for has ended."""
-    point = thread._run.settle((), (), thread.path, thread._alias)
-    frontier.set(frozenset((point.id,)))
 
 
 class Standing:

@@ -15,7 +15,7 @@ from orchestra.outcome import Candidate, Outcome
 from orchestra.runtime.engine import Capability
 from orchestra.spec import Named
 from orchestra.strategies.base import Strategy
-from orchestra.strategies.continuation import Continuation, accepted, come_together, exact, forget, log_ratio
+from orchestra.strategies.continuation import Continuation, accepted, exact, forget, log_ratio
 from orchestra.strategies.particles import Resampler, draw, effective_sample_size, log_mean, normalised, resample
 from orchestra.strategies.potentials import Potential, compares, log_potentials
 from orchestra.strategies.power_mh import MAX_TOKENS
@@ -155,7 +155,7 @@ class _Filter:
             if not self._standing:
                 self._thread.offer(spent.thread.candidate())
             raise
-        come_together(self._thread)
+        self._thread._run.meet(self._thread.path, self._thread._alias)
         if self._strategy.product:
             grown = list(range(len(old)))
         else:  # what has not grown keeps its twist, and so its weight
@@ -188,7 +188,7 @@ class _Filter:
         ahead = [0.0] * len(states)
         if self._strategy.lookahead:
             ahead = await gather([self._ahead(state) for state in states])
-            come_together(self._thread)
+            self._thread._run.meet(self._thread.path, self._thread._alias)
         scorer = self._strategy.scored_by
         if scorer is None:
             return ahead
@@ -225,7 +225,7 @@ class _Filter:
         cuts = [self._rng.randrange(len(particle.state)) for particle in self._particles]
         work = [self._redraw(p.state, cut, reach) for p, cut in zip(self._particles, cuts, strict=True)]
         states = await gather(work)
-        come_together(self._thread)
+        self._thread._run.meet(self._thread.path, self._thread._alias)
         twists = await self._twists(states)
         for index, (new, twist, cut) in enumerate(zip(states, twists, cuts, strict=True)):
             old, state = self._particles[index], self._particles[index].state
