@@ -38,12 +38,14 @@ LEVELS["large"] = Level("large", largest=75, above=50, openings=(1, 6))
 COMMON = ParScaleConfig(
     backbone=str(EMBEDDED),
     levels={"large": 1.0},
-    prefix_tokens=4,
+    prefix_tokens=16,
+    key_std=1.0,
+    stream_learning_rate=5e-3,
     held_out=500,
-    steps=150,
+    steps=600,
     batch_tokens=2000,
     longest=700,
-    validate_every=0,
+    validate_every=200,
 )
 ARMS = {"P=1": 1, "P=4": 4}
 RATES = (5e-4, 1e-3, 2e-3)
@@ -107,7 +109,8 @@ def report(runs: Path) -> Report:
         f"Mean weighted cross-entropy (nats) on {sum(map(len, held_out))} held-out rows of Countdown with numbers up "
         f"to 75, {before:.4f} before; after {COMMON.steps} steps of {COMMON.batch_tokens} tokens, all weights trained. "
         f"The difference is P=4 less P=1; its standard error is over the rows of a seed, and in the last line over the "
-        f"seeds. Prefixes of {COMMON.prefix_tokens} tokens, smoothing {COMMON.smoothing}, learning rate "
+        f"seeds. Prefixes of {COMMON.prefix_tokens} tokens, keys of standard deviation {COMMON.key_std:g} at first, "
+        f"smoothing {COMMON.smoothing}, learning rate {COMMON.stream_learning_rate:g} for the streams and else "
         f"{min(tried, key=tried.__getitem__):g} for both: the best for P=1 after {TUNING_STEPS} steps on another seed "
         f"({losses})."
     )

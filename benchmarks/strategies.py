@@ -43,6 +43,10 @@ LINES = {
     "best_of(samples=8, hedged=True)": 0.5,
     "confidence_vote(samples=8, keep=0.5, window=64)": 0.5,
     "confidence_vote(samples=8, keep=0.9, window=64, warmup=4, batch=4)": 0.5,
+    "cautious": 0.5,
+    "power_smc(particles=8)": 0.5,
+    "power_mh(blocks=4, moves=2, max_tokens=1500)": 0.25,
+    "reward_smc(particles=8, target='power', alpha=4)": 0.25,
     "spawn_join": 1.0,
     "self_consistency(samples=4, drafts=spawn_join)": 0.5,
 }

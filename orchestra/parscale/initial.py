@@ -11,7 +11,9 @@ from orchestra.errors import UsageError
 from orchestra.parscale.streams import StreamSet
 
 
-def fresh_streams(model: Any, streams: int, prefix_tokens: int, smoothing: float, seed: int) -> StreamSet:
+def fresh_streams(
+    model: Any, streams: int, prefix_tokens: int, smoothing: float, seed: int, key_std: float | None = None
+) -> StreamSet:
     """Random streams that leave a trained backbone nearly as it is.
 
     Keys are small, so that every query sees the prefix with about the same score. What attention spends on it is lost
@@ -24,6 +26,8 @@ def fresh_streams(model: Any, streams: int, prefix_tokens: int, smoothing: float
         prefix_tokens: length of the prefixes.
         smoothing: see `StreamSet`.
         seed: of the random numbers.
+        key_std: standard deviation of the keys; None: the configuration's `initializer_range`. With larger ones each
+            stream attends to its prefix in its own way from the start, and leaves the backbone further behind.
 
     Raises:
         UsageError: a count is too small, or the smoothing is no share.
@@ -39,15 +43,15 @@ def fresh_streams(model: Any, streams: int, prefix_tokens: int, smoothing: float
     spread: float = config.initializer_range
     random = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=random) * spread
+    def normal(*shape: int, std: float = spread) -> torch.Tensor:
+        return torch.randn(shape, generator=random) * std
 
     text = torch.randint(config.vocab_size, (streams, prefix_tokens), generator=random)
     cache = DynamicCache()  # without the configuration: windows would cut it
     with torch.no_grad():
         model(input_ids=text.to(model.device), past_key_values=cache, use_cache=True)
     return StreamSet(
-        keys=normal(config.num_hidden_layers, streams, heads, prefix_tokens, dim),
+        keys=normal(config.num_hidden_layers, streams, heads, prefix_tokens, dim, std=key_std or spread),
         values=torch.stack([layer.values.float().cpu() for layer in cache.layers]),
         inner=(normal(hidden, hidden * streams), torch.zeros(hidden)),
         outer=(normal(streams, hidden), torch.zeros(streams)),

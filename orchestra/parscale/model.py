@@ -69,7 +69,15 @@ class ParScale(PreTrainedModel):  # type: ignore[misc]  # transformers is untype
         return model
 
     @staticmethod
-    def recycle(backbone: Any, streams: int, *, prefix_tokens: int = 48, smoothing: float = 0.1, seed: int = 0) -> Any:
+    def recycle(
+        backbone: Any,
+        streams: int,
+        *,
+        prefix_tokens: int = 48,
+        smoothing: float = 0.1,
+        seed: int = 0,
+        key_std: float | None = None,
+    ) -> Any:
         """Put fresh streams on a trained model; see `fresh_streams` for what they start from.
 
         Args:
@@ -79,6 +87,7 @@ class ParScale(PreTrainedModel):  # type: ignore[misc]  # transformers is untype
             prefix_tokens: length of the learned prefixes.
             smoothing: part of the streams' weight that is shared out evenly.
             seed: of the fresh parameters.
+            key_std: see `fresh_streams`.
 
         Raises:
             UsageError: the backbone is of a kind that cannot have streams.
@@ -94,7 +103,7 @@ class ParScale(PreTrainedModel):  # type: ignore[misc]  # transformers is untype
         backbone.__class__ = _class_of(type(backbone))  # type: ignore[arg-type]  # mypy doubts that types are hashable
         backbone._prepare()
         if streams != 1:
-            backbone.set_streams(fresh_streams(backbone, streams, prefix_tokens, smoothing, seed))
+            backbone.set_streams(fresh_streams(backbone, streams, prefix_tokens, smoothing, seed, key_std))
         return backbone
 
     @property

@@ -82,6 +82,7 @@ class ParScaleConfig:
         streams: How many; 1 trains the plain model, for comparison.
         prefix_tokens: Length of the learned prefixes.
         smoothing: Part of the streams' weight that is shared out evenly.
+        key_std: Standard deviation of a fresh prefix's keys; that of the backbone's initial weights if it is not given.
         train: What is trained: `all`, or the `streams` alone, with the backbone frozen.
         data: `countdown` (generated, for models with the embedded model's words), a JSONL file, a folder of `datasets`,
             or a Hugging Face data set id.
@@ -110,6 +111,7 @@ class ParScaleConfig:
     streams: int = 4
     prefix_tokens: int = 48
     smoothing: float = 0.1
+    key_std: float | None = None
     train: Literal["all", "streams"] = "all"
     data: str = "countdown"
     split: str = "train"
@@ -154,7 +156,7 @@ def read_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     if unknown:
         raise ValueError(f"unknown key {', '.join(unknown)} in {path}: choose from {', '.join(known)}")
     # YAML reads 2e-3 (no dot) as text.
-    for key in ("learning_rate", "stream_learning_rate", "weight_decay"):
+    for key in ("learning_rate", "stream_learning_rate", "weight_decay", "key_std"):
         if isinstance(values.get(key), str | int):
             values[key] = float(values[key])
     return kind(**values)

@@ -50,6 +50,7 @@ def build_model(config: ParScaleConfig) -> Any:
     if not config.backbone:
         raise UsageError("backbone: is missing: a folder or Hugging Face id of a causal model")
     fresh: dict[str, Any] = {"prefix_tokens": config.prefix_tokens, "smoothing": config.smoothing, "seed": config.seed}
+    fresh["key_std"] = config.key_std
     if is_parscale(read_config(config.backbone)):
         model = ParScale.from_pretrained(config.backbone, dtype=torch.float32)
         if model.config.parscale_n != config.streams:
