@@ -116,6 +116,21 @@ def test_bench_hogwild_prints_each_layout_beside_independent_threads(capsys):
         assert words_of(shown, f"hogwild, {layout}")[2] == "12"
 
 
+def test_bench_power_prints_particles_beside_plain_samples(capsys, tmp_path):
+    out = tmp_path / "power.json"
+    sizes = ["--model", "tiny-shape", "--particles", "3", "--prompt", "8,16", "--tokens", "12", "--every", "4"]
+    assert main(["bench", "power", *sizes, "--moves", "1", "--repeats", "1", "--out", str(out)]) == 0
+    assert "x as many samples" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    ways = ["3 plain samples", "one plain sample", "power_smc, never", "power_smc, by weights", "power_smc, every 4"]
+    ways.append("power_mh, 1 moves")
+    assert [(row["prompt"], row["way"]) for row in rows] == [(n, way) for n in (8, 16) for way in ways]
+    for row in rows[:6]:
+        assert row["plain"] == pytest.approx(row["seconds"] / rows[0]["seconds"])
+        assert row["tokens"] == 12 * {"one plain sample": 1, "power_mh, 1 moves": row["tokens"] / 12}.get(row["way"], 3)
+    assert [row["resamplings"] for row in rows[:5]] == [None, None, 0, rows[3]["resamplings"], 2]
+
+
 def test_bench_streams_prints_each_number_beside_one_stream_and_separate_sequences(capsys, tmp_path):
     out = tmp_path / "streams.json"
     sizes = ["--model", "tiny-shape", "--streams", "2,3", "--threads", "1", "--tokens", "6", "--prompt", "10"]
