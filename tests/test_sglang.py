@@ -236,7 +236,9 @@ def test_tempered_log_probabilities_come_beside_the_models_own(sglang_server) ->
         root = graph.add(spans=[await engine.encode_prompt(PROMPT)])
         whole = Delta()
         node = graph.add([Edge(root.id, len(root))])
-        async for delta in engine.generate(Request(graph, node, Sampling(2.0, max_tokens=30, top_logprobs=124))):
+        async for delta in engine.generate(
+            Request(graph, node, Sampling(2.0, max_tokens=30, top_logprobs=124, tempered=True))
+        ):
             whole.merge(delta)
         await engine.close()
         return whole

@@ -52,7 +52,7 @@ def engine() -> ScriptedEngine:
 
 
 def test_every_strategy_takes_part() -> None:
-    built_in = {name for name, kind in registry().items() if kind.__module__.startswith("orchestra.")}
+    built_in = {name for name, kind in registry().items() if kind.__module__.startswith("orchestra.strategies.")}
     assert LEAVES.keys() | BRANCHES.keys() == built_in
     taking = {name for name in built_in if "drafts" in registry()[name].model_fields}
     assert BRANCHES.keys() == taking - {"confidence_vote"}

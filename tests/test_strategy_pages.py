@@ -22,7 +22,7 @@ HEADINGS = [
 ]
 ELSEWHERE = ("sglang://127.0.0.1:30000", "local:Qwen/Qwen3-8B")
 IN_STREAMS = "local:ParScale/ParScale-1.8B-P4"
-BUILT_IN = [name for name, kind in registry().items() if kind.__module__.startswith("orchestra.")]
+BUILT_IN = [name for name, kind in registry().items() if kind.__module__.startswith("orchestra.strategies.")]
 
 
 def page(name: str) -> str:
