@@ -35,7 +35,6 @@ LINES = (
     THIS,
     "best_of(samples=16, scorer=logprob)",
     "power_mh(blocks=4, moves=3)",
-    "power_smc(particles=16, resampler='chopthin')",
 )
 COLUMNS = (
     Column("spec", "strategy"),
