@@ -98,7 +98,7 @@ def main() -> None:
     """Run all lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=120, help="problems for accuracy and tokens")
-    parser.add_argument("--timed", type=int, default=5, help="problems for the seconds of one")
+    parser.add_argument("--timed", type=int, default=3, help="problems for the seconds of one")
     args = parser.parse_args()
     report = Report("Power sampling at equal token budgets", COLUMNS, machine(), NOTES)
     reference = run(THIS, args.limit, together(THIS))
