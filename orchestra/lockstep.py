@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from orchestra.budget import Reservation
 from orchestra.concurrency import first_error, uninterrupted
 from orchestra.errors import BudgetExceeded, UsageError
 from orchestra.graph import Node
-from orchestra.run import Run, frontier, scope
-from orchestra.runtime.engine import Delta, Look, Step, Stream
+from orchestra.run import Run, frontier
+from orchestra.runtime.engine import Delta, Engine, Look, Step, Stream
 from orchestra.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -40,17 +39,14 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, look: Look) ->
     run.check_settings(engine, sampling)
     threads = [thread._rooted for thread in threads]
     contexts = [await thread._stem.edges() for thread in threads]
-    within = scope()
-    depth = run.chains.depth(frontier.get().union(edge.parent for edges in contexts for edge in edges))
-    levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
-    reservation = await Reservation.make(levels, sampling.max_tokens, wait=False, members=len(threads))
+    parents = [edge for edges in contexts for edge in edges]
+    reservation = await run.reserve(parents, sampling.max_tokens, wait=False, members=len(threads))
     nodes: list[Node] = []
     try:
         for thread, context in zip(threads, contexts, strict=True):
             nodes.append(run.add(context, (), thread.path, alias))
             run.draw(nodes[-1])
-        group = _Group(run, nodes, replace(sampling, max_tokens=reservation.granted), look)
-        lasts = await group.generate(alias)
+        lasts = await _fill(run, engine, nodes, replace(sampling, max_tokens=reservation.granted), look)
     finally:
         reservation.end(sum(node.count("sampled") for node in nodes))
     frontier.set(frozenset(node.id for node in nodes))
@@ -62,53 +58,50 @@ async def generate(threads: Sequence[Thread], sampling: Sampling, look: Look) ->
     return grown
 
 
-class _Group:
-    """The generations of one call."""
-
-    def __init__(self, run: Run, nodes: Sequence[Node], sampling: Sampling, look: Look) -> None:
-        self._run, self._nodes, self._sampling, self._look = run, nodes, sampling, look
-        self._error: BaseException | None = None
-
-    async def generate(self, alias: str) -> list[Delta]:
-        """Run them to their ends; the last delta of each."""
-        run, engine = self._run, self._run.engine_for(alias)
-        lasts = [Delta() for _ in self._nodes]
-        growing = [index for index, node in enumerate(self._nodes) if not run.full(engine, node)]
-        if not growing:
-            return lasts
-
-        def look(step: Step) -> bool:
-            """Called by the engine: an error of the program's must not become one of the engine's."""
-            try:
-                return self._look(step._replace(members=[growing[member] for member in step.members]))
-            except BaseException as error:
-                self._error = error
-                return True
-
-        requests = [run.request(self._nodes[index], self._sampling, run.chunk) for index in growing]
-        read: set[int] = set()
-
-        async def follow(index: int, stream: Stream) -> None:
-            read.add(index)
-            lasts[index] = await run.follow(self._nodes[index], stream)
-
-        with run.waiting_for(engine):
-            streams = dict(zip(growing, engine.generate_in_step(requests, look), strict=True))
-            for index in growing:
-                run.begin(self._nodes[index])
-            try:
-                async with asyncio.TaskGroup() as readers:
-                    for index, stream in streams.items():
-                        readers.create_task(follow(index, stream))
-            except BaseException as error:
-                for index in growing:
-                    if index not in read:  # cancelled before it had begun
-                        streams[index].cancel()
-                        await uninterrupted(follow(index, streams[index]))
-                raise first_error(error) if isinstance(error, BaseExceptionGroup) else error from None
-        if self._error is not None:
-            raise self._error
+async def _fill(run: Run, engine: Engine, nodes: Sequence[Node], sampling: Sampling, look: Look) -> list[Delta]:
+    """Sample into nodes, which have been added, to their ends; the last delta of each."""
+    lasts = [Delta() for _ in nodes]
+    growing = [index for index, node in enumerate(nodes) if not run.full(engine, node)]
+    if not growing:
         return lasts
+    errors: list[BaseException] = []
+    begun: set[int] = set()
+
+    def shown(step: Step) -> bool:
+        """Called by the engine: an error of the program's must not become one of the engine's."""
+        try:
+            return look(step._replace(members=[growing[member] for member in step.members]))
+        except BaseException as error:
+            errors.append(error)
+            return True
+
+    async def follow(index: int, stream: Stream) -> None:
+        begun.add(index)
+        lasts[index] = await run.follow(nodes[index], stream)
+
+    requests = [run.request(nodes[index], sampling, run.chunk) for index in growing]
+    with run.waiting_for(engine):
+        try:
+            streams = dict(zip(growing, engine.generate_in_step(requests, shown), strict=True))
+        except BaseException:
+            for node in nodes:
+                node.finish_reason = "error"
+            raise
+        for index in growing:
+            run.begin(nodes[index])
+        try:
+            async with asyncio.TaskGroup() as readers:
+                for index, stream in streams.items():
+                    readers.create_task(follow(index, stream))
+        except BaseException as error:
+            for index in growing:
+                if index not in begun:  # cancelled before it could read
+                    streams[index].cancel()
+                    await uninterrupted(follow(index, streams[index]))
+            raise first_error(error) if isinstance(error, BaseExceptionGroup) else error from None
+    if errors:
+        raise errors[0]
+    return lasts
 
 
 def resampled(threads: Sequence[Thread], ancestors: Sequence[int]) -> None:

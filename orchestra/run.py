@@ -8,7 +8,7 @@ drawing an edge. The *scope* is the innermost strategy at work; it counts nodes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -293,10 +293,7 @@ class Run:
         self.check_settings(engine, sampling)
         if len(context) > 1:
             self._refuse_reuse(engine)
-        within = scope()
-        depth = self.chains.depth(frontier.get() | {edge.parent for edge in context})
-        levels = [(owner.ledger, depth - owner.base) for owner in within.chain]
-        reservation = await Reservation.make(levels, sampling.max_tokens, wait=member is None)
+        reservation = await self.reserve(context, sampling.max_tokens, wait=member is None)
         used = 0
         try:
             if member is None:
@@ -319,6 +316,14 @@ class Run:
         frontier.set(frozenset((node.id,)))
         cut = reservation.cut if node.finish_reason == "length" and used == reservation.granted else None
         return Generated(node, len(node) - last.eos, last.matched, cut)
+
+    async def reserve(
+        self, context: Iterable[Edge], wanted: int | None, *, wait: bool = True, members: int = 1
+    ) -> Reservation:
+        """Tokens for generations that come after the frontier and `context`; see `Reservation.make`."""
+        depth = self.chains.depth(frontier.get().union(edge.parent for edge in context))
+        levels = [(owner.ledger, depth - owner.base) for owner in scope().chain]
+        return await Reservation.make(levels, wanted, wait=wait, members=members)
 
     @staticmethod
     def check_settings(engine: Engine, sampling: Sampling) -> None:

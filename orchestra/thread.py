@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from orchestra.answers import Reasoning, split_reasoning
@@ -131,6 +132,10 @@ class Thread:
         """Reading a result is coming after it, however the program awaited it (a gather of its own, say)."""
         if self._node is not None and self._node.id not in frontier.get():
             frontier.set(frontier.get() | {self._node.id})
+
+    def random(self, name: str) -> Random:
+        """Random numbers for the strategy `name`: a function of the run's seed and of this thread's place in it."""
+        return Random(f"{name}/{self._run.seed}/{self.path}")
 
     # -- verbs -------------------------------------------------------------------------------------------------------
 

@@ -285,3 +285,26 @@ def test_the_law_that_tokens_are_drawn_from_is_told(tiny: str) -> None:
             if "top_k" in settings:
                 scores = scores.masked_fill(scores < scores.topk(3).values[-1], -math.inf)
             assert law == pytest.approx(float(scores.log_softmax(-1)[token]), abs=1e-4)
+
+
+def test_members_for_whom_no_token_is_left_end_with_that_error_and_take_nobody_along(tiny: str) -> None:
+    @strategy
+    async def banned(thread: Thread) -> Thread:
+        other = thread.start(temperature=1.0, max_tokens=40, ignore_eos=True)
+        with pytest.raises(EngineError, match="logit_bias bans every token"):
+            none = dict.fromkeys(range(267), -math.inf)
+            await thread.fork(3).generate_in_step(Watch(), logit_bias=none, **WARM)
+        return await other
+
+    assert on(tiny, banned()).usage.sampled_tokens == 40
+
+
+def test_a_group_that_is_refused_leaves_no_node_open(tiny: str) -> None:
+    @strategy
+    async def refused(thread: Thread) -> Thread:
+        with pytest.raises(UsageError, match="in lock-step"):
+            await thread.fork(5).generate_in_step(Watch(), **WARM)
+        return await thread.generate(max_tokens=2)
+
+    outcome = on(tiny, refused(), engine={"max_batch": 4})
+    assert [node.finish_reason for node in outcome.graph.nodes[1:6]] == ["error"] * 5

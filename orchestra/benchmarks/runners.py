@@ -121,8 +121,11 @@ async def _fork(engine: Engine, work: Work) -> Done:
     before, start = engine.load().sampled_tokens, time.perf_counter()
     asked = [generate(engine, graph, node, sampling, seed=work.seed, chunk=0) for node in nodes]
     tasks = [asyncio.create_task(one) for one in asked]
-    # The engine tells nobody when a counter moves.
-    while engine.load().sampled_tokens - before < len(nodes) and not all(task.done() for task in tasks):  # noqa: ASYNC110
+
+    def waiting() -> bool:
+        return engine.load().sampled_tokens - before < len(nodes) and not all(task.done() for task in tasks)
+
+    while waiting():  # noqa: ASYNC110 (the engine tells nobody when a counter moves)
         await asyncio.sleep(0.002)
     first = time.perf_counter() - start
     sampled = sum([(await task).count for task in tasks])

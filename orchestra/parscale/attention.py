@@ -40,7 +40,7 @@ def attend(
         visible = 1 if attention_mask.dtype == torch.bool else 0
         attention_mask = functional.pad(attention_mask, (module.prefix_k.shape[2], 0), value=visible)
     options["is_causal"] = False  # the mask says it
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]  # untyped
 
 
 def mask(*places: Any, **options: Any) -> Tensor:
@@ -49,7 +49,7 @@ def mask(*places: Any, **options: Any) -> Tensor:
     Without one, the kernel would take prefix and tokens for one causal square.
     """
     options["allow_is_causal_skip"] = False
-    return sdpa_mask(*places, **options)  # type: ignore[no-any-return]
+    return sdpa_mask(*places, **options)  # type: ignore[no-any-return]  # untyped
 
 
 AttentionInterface.register(NAME, attend)

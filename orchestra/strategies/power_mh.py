@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 from pydantic import Field
 
 from orchestra.outcome import Outcome
@@ -51,7 +49,7 @@ class PowerMh(Strategy):
         said = exact(self.name, settings, self.approximate, cuts=True)
         limit = self.max_tokens or settings.max_tokens or MAX_TOKENS
         sampling = {"temperature": self.temperature or 1 / self.alpha}
-        rng = random.Random(f"power_mh/{thread._run.seed}/{thread.path}")
+        rng = thread.random(self.name)
         state, standing = Continuation(thread.fork(1)[0]), Standing(thread)
         visits: dict[tuple[int, ...], tuple[Continuation, int]] = {}
         for block in range(1, self.blocks + 1):

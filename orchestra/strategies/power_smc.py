@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 from collections.abc import Iterable, Sequence
 
 from pydantic import Field
@@ -140,7 +139,7 @@ class _Swarm:
         self._at_each = Capability.LOCK_STEP in thread.capabilities
         self._block = strategy.block or (1 if self._at_each else BLOCK)
         self._timed = any(owner.ledger.budget.wall_seconds is not None for owner in scope().chain)
-        self.rng = random.Random(f"{strategy.name}/{thread._run.seed}/{thread.path}")
+        self.rng = thread.random(strategy.name)
         self.threads = thread.fork(strategy.particles)
         self.weights = PowerWeights(strategy.particles)
         self._alive = [True] * strategy.particles

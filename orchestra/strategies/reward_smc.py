@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -121,7 +120,7 @@ class _Filter:
         self._strategy, self._thread = strategy, thread
         self._limit = strategy.max_tokens or thread.sampling().max_tokens or MAX_TOKENS
         self._sampling: dict[str, Any] = {"temperature": 1 / strategy.alpha}
-        self._rng = random.Random(f"reward_smc/{thread._run.seed}/{thread.path}")
+        self._rng = thread.random(strategy.name)
         self._particles = [_Particle(Continuation(fork)) for fork in thread.fork(strategy.particles)]
         self._log_weights = [0.0] * strategy.particles
         self._standing: list[Candidate] = []

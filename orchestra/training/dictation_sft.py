@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from orchestra.training import tokenizer
+from orchestra.training.arguments import arguments
 from orchestra.training.concurrent import concurrent_row, forward
 from orchestra.training.config import read_config
 from orchestra.training.dictation import HEADERS, PROMPT, TOKENS, WORDS, build_graph, draw
@@ -166,25 +167,7 @@ def train(config: DictationConfig, *, resume: bool = False) -> Path:
     batches = Batches(config)
     trainer = ConcurrentTrainer(
         model=build_model(config),
-        args=TrainingArguments(
-            output_dir=str(output),
-            seed=config.seed,
-            max_steps=config.steps,
-            per_device_train_batch_size=1,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"},
-            warmup_steps=config.warmup_steps,
-            adam_beta2=0.98,
-            weight_decay=config.weight_decay,
-            logging_steps=50,
-            save_steps=config.save_every,
-            save_total_limit=2,
-            use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False,
-            report_to=[],
-            disable_tqdm=True,
-        ),
+        args=TrainingArguments(**arguments(config), adam_beta2=0.98, logging_steps=50),
         train_dataset=range(config.steps),
         data_collator=lambda steps: batches(steps[0]),
         processing_class=build_tokenizer(),

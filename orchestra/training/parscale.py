@@ -24,6 +24,7 @@ from orchestra.parscale.initial import fresh_streams
 from orchestra.parscale.layout import is_parscale, read_config
 from orchestra.parscale.model import ParScale
 from orchestra.runtime.local.sources import load_tokenizer
+from orchestra.training.arguments import arguments
 from orchestra.training.config import ParScaleConfig
 from orchestra.training.mixture import Row
 from orchestra.training.parscale_data import load_data
@@ -156,36 +157,22 @@ def train_parscale(config: ParScaleConfig, *, resume: bool = False) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
     journal = ValidationJournal(config, data.held_out)
-    arguments = SFTConfig(
-        output_dir=str(output),
-        seed=config.seed,
-        max_steps=config.steps,
-        per_device_train_batch_size=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"},
-        warmup_steps=config.warmup_steps,
+    options = SFTConfig(
+        **arguments(config),
         adam_beta2=config.beta2,
-        weight_decay=config.weight_decay,
         max_grad_norm=1.0,
         logging_steps=config.log_every,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        use_cpu=not torch.cuda.is_available(),
         bf16=config.bf16,
         gradient_checkpointing=config.gradient_checkpointing,
-        remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=0,
-        report_to=[],
-        disable_tqdm=True,
     )
     trainer = StreamTrainer(
         mixture=data.training,
         marks={},
         stream_learning_rate=config.stream_learning_rate,
         model=model,
-        args=arguments,
+        args=options,
         train_dataset=Dataset.from_dict({"step": list(range(config.steps))}),
         processing_class=tokenizer,
         callbacks=[journal],

@@ -29,6 +29,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from orchestra.training import tokenizer
+from orchestra.training.arguments import arguments
 from orchestra.training.config import TrainingConfig, load_config
 from orchestra.training.mixture import HIT, MISS, Mixture, Row, Weights
 
@@ -190,34 +191,20 @@ def train_sft(config: TrainingConfig, *, resume: bool = False) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
     journal = ProbeJournal(config)
-    arguments = SFTConfig(
-        output_dir=str(output),
-        seed=config.seed,
-        max_steps=config.steps,
-        per_device_train_batch_size=1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"},
-        warmup_steps=config.warmup_steps,
+    options = SFTConfig(
+        **arguments(config),
         adam_beta2=config.beta2,
-        weight_decay=config.weight_decay,
         max_grad_norm=1.0,
         logging_steps=config.log_every,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
-        remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_num_workers=0,
-        report_to=[],
-        disable_tqdm=True,
     )
     trainer = WeightedSFTTrainer(
         mixture=build_mixture(config),
         model=build_model(config),
-        args=arguments,
+        args=options,
         train_dataset=Dataset.from_dict({"step": list(range(config.steps))}),
         processing_class=tokenizer.build(config.context),
         callbacks=[journal],

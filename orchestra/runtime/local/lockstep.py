@@ -47,8 +47,9 @@ class LockStep:
 
     def stopped(self) -> list[Job]:
         """Show the step that is complete; returns the members that are to stop here."""
-        drawn = sorted(self._drawn)
-        self._drawn = []
+        drawn, self._drawn = sorted(self._drawn), []
+        if not drawn:  # no token was left for any of them
+            return []
         members, tokens, logprobs, tempered, ended = (list(values) for values in zip(*drawn, strict=True))
         if not self._look(Step(members, tokens, logprobs, tempered, ended)):
             return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -58,7 +57,7 @@ class AskingScorer(Scorer):
 
 def shuffles(thread: Thread, times: int, count: int) -> list[list[int]]:
     """Random orders of 0..count-1: functions of the run's seed and the thread's place in it."""
-    rng = random.Random(f"scorer/{thread._run.seed}/{thread.path}")
+    rng = thread.random("scorer")
     return [rng.sample(range(count), count) for _ in range(times)]
 
 
