@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 
+import orchestra
+from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Sampling
 from orchestra.runtime.local.engine import LocalEngine
 
@@ -18,6 +20,19 @@ async def opened(folder: str, **options):
         yield await engine.open()
     finally:
         await engine.close()
+
+
+DEMO = "numbers: 3 7 8 12 target: 54"
+
+
+def run(strategy, engine=None, prompt=DEMO, **settings):
+    """The outcome of a strategy on an engine of one's own, or on the embedded model."""
+
+    async def main():
+        async with orchestra.connect(engine or open_engine("demo")) as connection:
+            return await connection.run(strategy, prompt, **settings)
+
+    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 async def root(engine, graph, text="the answer is"):

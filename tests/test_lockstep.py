@@ -291,8 +291,8 @@ def test_members_for_whom_no_token_is_left_end_with_that_error_and_take_nobody_a
     @strategy
     async def banned(thread: Thread) -> Thread:
         other = thread.start(temperature=1.0, max_tokens=40, ignore_eos=True)
+        none = dict.fromkeys(range(267), -math.inf)
         with pytest.raises(EngineError, match="logit_bias bans every token"):
-            none = dict.fromkeys(range(267), -math.inf)
             await thread.fork(3).generate_in_step(Watch(), logit_bias=none, **WARM)
         return await other
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from engines import opened
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stream_folders import PREFIX, Dense, write
@@ -18,7 +18,6 @@ from orchestra.errors import CapabilityError, EngineError, UsageError
 from orchestra.graph import Edge, ThreadGraph
 from orchestra.runtime.attention.plan import Plan
 from orchestra.runtime.engine import Capability, Load, Sampling
-from orchestra.runtime.local.engine import LocalEngine
 from orchestra.runtime.local.model import load_model
 from orchestra.runtime.local.sources import Source
 from orchestra.runtime.local.streams import variants
@@ -36,15 +35,6 @@ from orchestra.testing.laws import row_logits
 ODD = {"debug": True, "copy_bytes": 0, "prefill": 3, "max_batch": 2, "kernel": "reference"}
 few = settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@asynccontextmanager
-async def opened(folder: str, **options):
-    engine = LocalEngine(folder, **options)
-    try:
-        yield await engine.open()
-    finally:
-        await engine.close()
 
 
 @pytest.fixture(scope="module")

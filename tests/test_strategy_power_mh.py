@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from engines import opened
+from engines import DEMO, opened, run
 from enumerated import (
     EOS,
     INITIAL,
@@ -27,7 +27,6 @@ from enumerated import (
 import orchestra
 from orchestra import Outcome
 from orchestra.errors import CapabilityError, UsageError
-from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Engine
 from orchestra.strategies.continuation import log_ratio
 from orchestra.testing import check_parity, check_strategy
@@ -179,16 +178,6 @@ def test_a_long_chain_is_at_the_target(make_model: Callable[..., str], temperatu
 
 
 # -- what it says, and what it refuses ---------------------------------------------------------------------------------
-
-DEMO = "numbers: 3 7 8 12 target: 54"
-
-
-def run(spec: str, engine: Engine | None = None, prompt: str = DEMO, **settings: Any) -> Outcome:
-    async def main() -> Outcome:
-        async with orchestra.connect(engine or open_engine("demo")) as connection:
-            return await connection.run(spec, prompt, **settings)
-
-    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_the_result_is_a_state_of_the_chain_and_can_be_gone_on_from() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines import opened
+from engines import DEMO, opened, run
 from enumerated import (
     EOS,
     INITIAL,
@@ -29,8 +29,6 @@ from enumerated import (
 import orchestra
 from orchestra import Outcome
 from orchestra.errors import SpecError, UsageError
-from orchestra.runtime.connect import open_engine
-from orchestra.runtime.engine import Engine
 from orchestra.strategies.potentials import log_potential
 from orchestra.strategies.reward_smc import RewardSmc
 from orchestra.testing import check_parity, check_strategy
@@ -207,16 +205,6 @@ def test_particle_filtering_weighs_by_the_latest_score_alone(monkeypatch: pytest
 
 
 # -- what it says, and what it refuses ---------------------------------------------------------------------------------
-
-DEMO = "numbers: 3 7 8 12 target: 54"
-
-
-def run(strategy: Any, engine: Engine | None = None, prompt: str = DEMO, **settings: Any) -> Outcome:
-    async def main() -> Outcome:
-        async with orchestra.connect(engine or open_engine("demo")) as connection:
-            return await connection.run(strategy, prompt, **settings)
-
-    return asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_score_becomes_a_potential() -> None:

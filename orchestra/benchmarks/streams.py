@@ -105,13 +105,13 @@ async def _measure(
 
 
 async def _once(connection: Connection, way: Way, turn: int, prompt: int, tokens: int) -> Run:
-    seen: list[float] = []  # when each token of the first sequence came
+    seen = [(time.perf_counter(), 0)]  # the start; then when tokens of the first sequence came, and how many
     held: list[int] = []
 
     @strategy
     async def timed(thread: Thread) -> Thread:
-        def note(_: Delta) -> bool:
-            seen.append(time.perf_counter())
+        def note(delta: Delta) -> bool:
+            seen.append((time.perf_counter(), delta.count))
             return False
 
         texts = [f"{turn} {i} ".ljust(prompt, "x") for i in range(way.sequences)]  # no two begin alike
@@ -127,7 +127,8 @@ async def _once(connection: Connection, way: Way, turn: int, prompt: int, tokens
     await connection.run(
         timed(), "x", seed=turn, temperature=1.0, max_tokens=tokens, ignore_eos=True, streams=way.streams
     )
-    return Run((seen[-1] - seen[0]) / (len(seen) - 1), held[0])
+    began = seen[1:] if len(seen) > 2 else seen  # of a tiny model all may come at once: then from the start
+    return Run((began[-1][0] - began[0][0]) / sum(count for _, count in began[1:]), held[0])
 
 
 @contextmanager

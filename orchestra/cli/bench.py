@@ -25,6 +25,10 @@ Out = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="as many as cores")]
 Device = Annotated[str, typer.Option(help="A torch device.")]
+Shape = Annotated[str, typer.Option(help="qwen2.5-0.5b-shape (random weights), or a folder.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")]
 
 
 @app.callback()
@@ -140,9 +144,7 @@ def generate(
         ),
     ] = Table.SAMPLES,
     model: Annotated[str, typer.Option(help="demo, qwen2.5-0.5b-shape (random weights), or a folder.")] = "demo",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
-    ] = None,
+    layers: Layers = None,
     samples: Annotated[
         str | None, typer.Option(metavar="N,...", help="Continuations of a prompt.", show_default="1,8,32,128")
     ] = None,
@@ -152,7 +154,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=2, help="Of each continuation.")] = 64,
     branches: Annotated[str, typer.Option(metavar="N,...", help="Second-level prompts of the tree.")] = "4,8",
     second: Annotated[int, typer.Option(min=1, help="Tokens of a second-level prompt.")] = 512,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     threads: Annotated[str, typer.Option(metavar="N,...", help="Try each; the best counts.")] = "1,2",
     peers: Annotated[str, typer.Option(metavar="NAME,...", help="Of the table of samples.")] = "transformers,sglang",
     repeats: Annotated[int, typer.Option(min=1, help="Of each work; the fastest counts.")] = 1,
@@ -193,18 +195,14 @@ def generate(
 
 @app.command()
 def hogwild(
-    model: Annotated[
-        str, typer.Option(help="qwen2.5-0.5b-shape (random weights), or a folder.")
-    ] = "qwen2.5-0.5b-shape",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
-    ] = None,
+    model: Shape = "qwen2.5-0.5b-shape",
+    layers: Layers = None,
     workers: Annotated[int, typer.Option(min=2, max=8, help="How many.")] = 4,
     prompt: Annotated[int, typer.Option(min=8, help="Letters of the prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=4, help="Of each worker.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     threads: Threads = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")] = 3,
+    repeats: Rounds = 3,
     out: Out = None,
 ) -> None:
     """Workers in one concurrent cache, beside as many independent threads on the same engine."""
@@ -226,18 +224,16 @@ def power(
     model: Annotated[
         str, typer.Option(help="demo, qwen2.5-0.5b-shape (random weights), or a folder.")
     ] = "qwen2.5-0.5b-shape",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
-    ] = None,
+    layers: Layers = None,
     particles: Annotated[int, typer.Option(min=2, help="How many.")] = 64,
     prompt: Annotated[str, typer.Option(metavar="N,...", help="Letters of the prompt.")] = "64",
     tokens: Annotated[int, typer.Option(min=4, help="Of each text.")] = 64,
     every: Annotated[int, typer.Option(min=1, help="Tokens between two forced resamplings.")] = 16,
     alpha: Annotated[float, typer.Option(min=1, help="The exponent.")] = 4.0,
     moves: Annotated[int, typer.Option(min=0, help="Of power_mh, in each of 16 blocks; 0 leaves it out.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     threads: Threads = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")] = 3,
+    repeats: Rounds = 3,
     out: Out = None,
 ) -> None:
     """Power-SMC beside as many plain samples on the same engine, and beside one; what resampling costs."""
@@ -258,18 +254,14 @@ def power(
 
 @app.command()
 def streams(
-    model: Annotated[
-        str, typer.Option(help="qwen2.5-0.5b-shape (random weights), or a folder.")
-    ] = "qwen2.5-0.5b-shape",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Of a shape, instead of its own.", show_default=False)
-    ] = None,
+    model: Shape = "qwen2.5-0.5b-shape",
+    layers: Layers = None,
     streams: Annotated[str, typer.Option(metavar="P,...", help="Numbers of streams above 1.")] = "2,4,8",
     prompt: Annotated[int, typer.Option(min=8, help="Letters of the prompt.")] = 64,
     tokens: Annotated[int, typer.Option(min=2, help="Of a sequence.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     threads: Annotated[str, typer.Option(metavar="N,...", help="Of PyTorch; each is tried.")] = "1,2",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the fastest of each way counts.")] = 3,
+    repeats: Rounds = 3,
     out: Out = None,
 ) -> None:
     """One sequence in several learned streams (ParScale), beside one stream and as many separate sequences."""
