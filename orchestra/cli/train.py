@@ -12,8 +12,9 @@ from orchestra.extras import require
 
 if TYPE_CHECKING:
     from orchestra.training.config import ParScaleConfig, TrainingConfig
+    from orchestra.training.grpo_config import GRPORun
 
-Config = TypeVar("Config", "TrainingConfig", "ParScaleConfig")
+Config = TypeVar("Config", "TrainingConfig", "ParScaleConfig", "GRPORun")
 
 app = typer.Typer(help="Train a model from a YAML file.", no_args_is_help=True)
 
@@ -46,6 +47,21 @@ def parscale(
     from orchestra.training.parscale import train_parscale
 
     print(train_parscale(loaded, resume=resume))
+
+
+@app.command()
+def grpo(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The training run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Changes to it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Reinforcement learning on rollouts of strategies."""
+    from orchestra.training.grpo_config import GRPORun
+
+    loaded = _load(GRPORun, config, overrides, resume)
+    from orchestra.training.grpo_run import train_grpo
+
+    print(train_grpo(loaded, resume=resume))
 
 
 def _load(kind: type[Config], path: Path, overrides: list[str] | None, resume: bool) -> Config:
