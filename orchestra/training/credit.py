@@ -63,20 +63,88 @@ def lesson(outcome: Outcome, *, tempered: bool = False) -> Lesson:
     return Lesson(row, 0.0, [0.0] * len(row), sampler_logprobs(outcome.graph, row, tempered=tempered))
 
 
-def even(count: int, parts: int) -> list[range]:
-    """Indices cut into parts of nearly equal size, in order."""
-    edges = [round(i * count / parts) for i in range(parts + 1)]
+def split(whole: Lesson) -> list[Lesson]:
+    """The same in rows that see nothing of each other, as APR's parents and children: each with a root of its own.
+
+    In one row they would only wait for each other in attention. What a token counts was settled for the whole.
+    """
+    row = whole.row
+    family: dict[int, int] = {}  # by node: the first node that it sees something of; context comes before its readers
+    for node, view in row.views.items():
+        roots = sorted({family[other] for other in view if other in family})
+        family[node] = roots[0] if roots else node
+        for other in roots[1:]:
+            family = {member: roots[0] if first == other else first for member, first in family.items()}
+    entries: dict[int, list[int]] = {}
+    for entry, node in enumerate(row.nodes):
+        entries.setdefault(family[node], []).append(entry)
+    if len(entries) == 1:
+        return [whole]
+    made = []
+    for of in entries.values():
+        kept = kept_entries(row, of)
+        shares, sampler = ([values[i] for i in kept] for values in (whole.shares, whole.sampler))
+        made.append(Lesson(part(row, kept), whole.advantage, shares, sampler))
+    return made
+
+
+def kept_entries(row: Row, entries: Sequence[int]) -> list[int]:
+    """Entries of a row without the echoes that would stand right after the token that they repeat."""
+    kept: list[int] = []
+    for entry in entries:
+        if not (kept and row.echoes[entry] and _place(row, kept[-1]) == _place(row, entry)):
+            kept.append(entry)
+    return kept
+
+
+def part(row: Row, entries: Sequence[int]) -> Row:
+    """Some entries of a row, in order, with all that they see; predecessors are the entries before them."""
+    nodes = {row.nodes[i] for i in entries}
+    predecessors = [None if row.predecessors[entry] is None else i - 1 for i, entry in enumerate(entries)]
+    return Row(
+        tokens=[row.tokens[i] for i in entries],
+        positions=[row.positions[i] for i in entries],
+        nodes=[row.nodes[i] for i in entries],
+        indices=[row.indices[i] for i in entries],
+        echoes=[row.echoes[i] for i in entries],
+        weights=[row.weights[i] for i in entries],
+        predecessors=predecessors,
+        views={node: view for node, view in row.views.items() if node in nodes},
+    )
+
+
+def _place(row: Row, entry: int) -> tuple[int, int]:
+    return row.nodes[entry], row.indices[entry]
+
+
+def is_sequence(row: Row) -> bool:
+    """Whether a row is one causal sequence: each entry sees all before it, at the next position."""
+    return (
+        row.positions == list(range(len(row)))
+        and not any(row.echoes)
+        and all(row.predecessors[i] == i - 1 for i in range(1, len(row)))
+    )
+
+
+def even(sizes: Sequence[int], parts: int) -> list[range]:
+    """Indices cut into parts of nearly equal sums, in order; some may be empty."""
+    whole, done, edges = sum(sizes), 0, [0]
+    for index, size in enumerate(sizes):
+        while len(edges) < parts and done + size / 2 >= whole * len(edges) / parts:
+            edges.append(index)
+        done += size
+    edges += [len(sizes)] * (parts + 1 - len(edges))
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def batches(lessons: Sequence[Lesson], parts: int, skip: bool) -> list[list[Lesson]]:
-    """The forwards of one optimiser step: rows of about one length together, as little padding as possible.
+    """The forwards of one optimiser step: rows of about one length together, and about as many tokens in each.
 
     Args:
         lessons: of the step.
         parts: how many.
         skip: those without an advantage teach nothing, and are left out.
     """
-    chosen = [each for each in lessons if each.advantage or not skip]
+    chosen = [piece for each in lessons if each.advantage or not skip for piece in split(each)]
     chosen.sort(key=lambda each: len(each.row))
-    return [[chosen[i] for i in part] for part in even(len(chosen), parts)]
+    return [[chosen[i] for i in part] for part in even([len(each.row) for each in chosen], parts)]

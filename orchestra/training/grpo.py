@@ -28,7 +28,7 @@ from orchestra.errors import UsageError
 from orchestra.evaluation.runner import sample_seed
 from orchestra.outcome import Outcome
 from orchestra.training.advantages import Mean, Scale, advantages, calls, shares
-from orchestra.training.credit import Lesson, batches, even, lesson
+from orchestra.training.credit import Lesson, batches, even, is_sequence, lesson
 from orchestra.training.grpo_data import Prompts
 from orchestra.training.policy_weights import plain_weights
 from orchestra.training.rewards import Part, children, problems, total
@@ -113,13 +113,13 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
             random.Random(self.state.global_step).shuffle(lessons)
         skip = not self.beta
         forwards: list[list[Lesson]] = []
-        for part in even(len(lessons), minibatches):
+        for part in even([1] * len(lessons), minibatches):
             step = [lessons[i] for i in part]
             self._weigh(step)
             forwards += batches(step, self.args.steps_per_generation // minibatches, skip)
         if minibatches > 1:  # only the first step learns from rollouts of the very policy that it changes
             with torch.no_grad():
-                for forward in forwards:
+                for forward in filter(None, forwards):
                     self._remember(forward, "old", self._logprobs(self.model, forward)[0])
         return forwards
 
@@ -243,13 +243,17 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
         ids = torch.full((len(rows), longest), self._tokenizer.pad_token_id)
         positions = torch.zeros_like(ids)
         labels = torch.full_like(ids, -100)
-        mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
+        plain = all(map(is_sequence, rows))
+        mask = torch.eye(0 if plain else longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row.tokens)
             positions[i, : len(row)] = torch.tensor(row.positions)
             labels[i, : len(row)] = torch.where(torch.tensor(row.weights) > 0, ids[i, : len(row)], -100)
-            mask[i, 0, : len(row), : len(row)] = dense_mask(row)
-        made = {"input_ids": ids, "position_ids": positions, "labels": labels, "attention_mask": mask}
+            if not plain:
+                mask[i, 0, : len(row), : len(row)] = dense_mask(row)
+        made = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        if not plain:
+            made["attention_mask"] = mask
         return {name: value.to(self.accelerator.device) for name, value in made.items()}
 
     def _reference(self, model: Any, lessons: list[Lesson], width: int) -> Tensor:

@@ -45,7 +45,7 @@ def train_grpo(run: GRPORun, *, resume: bool = False) -> Path:
     asked = prompts(run.task, run.levels, run.items, run.seed)
     arms, rewards = [Arm.of(spec) for spec in run.strategies], [part(spec) for spec in run.rewards]
     player = Player(
-        run.engine or f"local:{run.model}",
+        run.engine or f"local:{run.model}?max_batch=384",
         dict(run.engines),
         extract=asked.extract,
         temperature=run.temperature,
