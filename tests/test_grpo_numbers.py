@@ -16,7 +16,7 @@ from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.outcome import Outcome, Usage
 from orchestra.protocols import apr
 from orchestra.training.advantages import advantages, calls, shares
-from orchestra.training.credit import batches, is_sequence, lesson, split
+from orchestra.training.credit import batches, lesson, split
 from orchestra.training.flatten import flatten
 from orchestra.training.rewards import (
     accelerated,
@@ -104,7 +104,9 @@ def test_a_mean_of_calls_equals_brute_force():
             units += len(of_call)
             expected += sum(sum(one) / len(one) for one in of_call.values()) / len(of_call)
         found = [shares(row, "calls") for row in rows]
-        made = sum(s * v for (each, _), values in zip(found, losses, strict=True) for s, v in zip(each, values, strict=True))
+        made = sum(
+            s * v for (each, _), values in zip(found, losses, strict=True) for s, v in zip(each, values, strict=True)
+        )
         assert sum(count for _, count in found) == units
         assert made / units == pytest.approx(float(expected / units))
 
@@ -137,7 +139,7 @@ def test_what_sees_nothing_of_the_rest_stands_in_a_row_of_its_own_and_counts_as_
     whole.advantage = 0.5
     parts = split(whole)
     assert units == 4
-    assert all(is_sequence(each.row) for each in parts)
+    assert all(each.row.plain for each in parts)
     assert sorted(len(each.row) for each in parts) == [6, 11, 13]
     assert sum(sum(each.shares) for each in parts) == pytest.approx(1.0)
     told = [token for token, echo in zip(whole.row.tokens, whole.row.echoes, strict=True) if not echo]
@@ -152,7 +154,7 @@ def test_branches_of_one_prompt_stay_in_one_row():
         graph.add([Edge(0, 3)], spans=[span("sampled", 4, -1.0)], path=[index])
     whole = lesson(Outcome(text="", graph=graph))
     assert split(whole) == [whole]
-    assert not is_sequence(whole.row)
+    assert not whole.row.plain
 
 
 # -- rewards -----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,10 @@ def changed(folder: str, seed: int = 5, scale: float = 0.3) -> dict[str, torch.T
     """The weights of a folder, each moved at random."""
     chance = torch.Generator().manual_seed(seed)
     weights = plain_weights(load_plain(folder))
-    return {name: value + scale * value.std() * torch.randn(value.shape, generator=chance) for name, value in weights.items()}
+    return {
+        name: value + scale * value.std() * torch.randn(value.shape, generator=chance)
+        for name, value in weights.items()
+    }
 
 
 def saved(folder: str, weights: dict[str, torch.Tensor], at: Path) -> str:
@@ -152,7 +155,9 @@ def test_adapters_are_merged_and_the_model_is_left_as_it_was(tiny):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ids = torch.tensor([[1, 40, 41, 42]])

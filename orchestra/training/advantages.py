@@ -23,7 +23,11 @@ EPSILON = 1e-4
 
 
 def advantages(
-    rewards: Sequence[float], groups: Sequence[Hashable], scale: Scale = "group", *, batch: Sequence[float] | None = None
+    rewards: Sequence[float],
+    groups: Sequence[Hashable],
+    scale: Scale = "group",
+    *,
+    batch: Sequence[float] | None = None,
 ) -> list[float]:
     """The advantage of each rollout: its reward less the mean of its group, scaled.
 
@@ -46,9 +50,7 @@ def advantages(
     if scale == "batch":
         spread = dict.fromkeys(of, _deviation(rewards if batch is None else batch))
     epsilon = 0.0 if scale == "none" else EPSILON
-    return [
-        (reward - means[group]) / (spread[group] + epsilon) for reward, group in zip(rewards, groups, strict=True)
-    ]
+    return [(reward - means[group]) / (spread[group] + epsilon) for reward, group in zip(rewards, groups, strict=True)]
 
 
 def _deviation(values: Sequence[float]) -> float:

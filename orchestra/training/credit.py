@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from orchestra.graph import ThreadGraph
@@ -20,8 +21,8 @@ class Lesson:
         row: everything that the rollout did: each of its model calls is in it.
         advantage: of the rollout, and so of all tokens that it sampled.
         shares: how much the loss of each token counts in the optimiser step; 0 for what was not sampled.
-        sampler: log-probabilities of the sampled tokens, as who sampled them says; nan for the others, and where unknown.
-        old: the same, as the trainer computed them before it learned from any of these rollouts; None: not yet.
+        sampler: log-probabilities of the sampled tokens, as their sampler says; nan for others, and where unknown.
+        old: the same, as the trainer computed them before it learned from these rollouts; None: not yet.
         reference: the same of the model at the start; None: not yet.
     """
 
@@ -117,15 +118,6 @@ def _place(row: Row, entry: int) -> tuple[int, int]:
     return row.nodes[entry], row.indices[entry]
 
 
-def is_sequence(row: Row) -> bool:
-    """Whether a row is one causal sequence: each entry sees all before it, at the next position."""
-    return (
-        row.positions == list(range(len(row)))
-        and not any(row.echoes)
-        and all(row.predecessors[i] == i - 1 for i in range(1, len(row)))
-    )
-
-
 def even(sizes: Sequence[int], parts: int) -> list[range]:
     """Indices cut into parts of nearly equal sums, in order; some may be empty."""
     whole, done, edges = sum(sizes), 0, [0]
@@ -134,7 +126,7 @@ def even(sizes: Sequence[int], parts: int) -> list[range]:
             edges.append(index)
         done += size
     edges += [len(sizes)] * (parts + 1 - len(edges))
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def batches(lessons: Sequence[Lesson], parts: int, skip: bool) -> list[list[Lesson]]:

@@ -1,13 +1,13 @@
 """Group relative policy optimisation on rollouts of strategies: TRL's `GRPOTrainer`, taught what a thread graph is.
 
-What TRL lacks is here: a rollout is one row with positions and a node mask, in which every model call of it stands (the
-parent's, its children's, those of all roots), and the loss is a mean over calls or tokens, whichever sampled them. What
-TRL has is TRL's: models and adapters, the reference model, its memory-saving log-probabilities, the order of prompts,
-logging, saving, resuming, accelerate.
+What TRL lacks is here: a rollout is one row with positions and a node mask, in which every model call of it stands
+(the parent's, its children's, those of all roots), and the loss is a mean over calls or tokens, whichever sampled them.
+What TRL has is TRL's: models and adapters, the reference model, its memory-saving log-probabilities, the order of
+prompts, logging, saving, resuming, accelerate.
 
-The loss of a token is that of PPO, min(r A, clip(r) A), with r its ratio to the policy that made the rollouts, times the
-truncated ratio min(p_trainer / p_sampler, cap) of that policy's probabilities as the trainer and as the sampler computed
-them, plus `beta` times the k3 estimate of the divergence from the reference model.
+The loss of a token is that of PPO, min(r A, clip(r) A), with r its ratio to the policy that made the rollouts, times
+the truncated ratio min(p_trainer / p_sampler, cap) of that policy's probabilities as the trainer and as the sampler
+computed them, plus `beta` times the k3 estimate of the divergence from the reference model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
@@ -28,7 +28,8 @@ from orchestra.errors import UsageError
 from orchestra.evaluation.runner import sample_seed
 from orchestra.outcome import Outcome
 from orchestra.training.advantages import Mean, Scale, advantages, calls, shares
-from orchestra.training.credit import Lesson, batches, even, is_sequence, lesson
+from orchestra.training.collate import GraphCollator
+from orchestra.training.credit import Lesson, batches, even, lesson
 from orchestra.training.grpo_data import Prompts
 from orchestra.training.policy_weights import plain_weights
 from orchestra.training.rewards import Part, children, problems, total
@@ -78,6 +79,8 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
                 f"each process plays whole groups: {self._local_batch} rollouts are no multiple of "
                 f"{self.num_generations}"
             )
+        self._buffered_inputs: list[list[Lesson]] | None = None
+        self.collator = GraphCollator(self._tokenizer.pad_token_id, config=self.model.config)
         self._trained_at = 0.0
 
     @property
@@ -98,6 +101,7 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
             seed = sample_seed(self.args.seed, "generation", self.state.global_step)
             self._buffered_inputs = self._generation(assign(items, self.num_generations, self.arms, seed, first))
             self._trained_at = time.monotonic()
+        assert self._buffered_inputs is not None  # see above
         return {"lessons": self._buffered_inputs[self._step % forwards]}
 
     def _generation(self, plays: list[Play]) -> list[list[Lesson]]:
@@ -192,7 +196,7 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
         if not lessons:
             if self.accelerator.num_processes == 1:
                 return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-            lessons = [_nothing(self._buffered_inputs)]  # all processes must take part in the forward
+            lessons = [_nothing(self._buffered_inputs or [])]  # all processes must take part in the forward
         logprobs, entropy = self._logprobs(model, lessons)
         if lessons[0].old is None:  # the first time that these are learned from: by the policy that made them
             self._remember(lessons, "old", logprobs)
@@ -221,40 +225,22 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
             self._measure("ratio/sampler_cut", (apart.exp() > self.sampler_cap).float(), weight)
         self._note("ratio/max", float(ratio.detach()[weight > 0].max()) if bool((weight > 0).any()) else 1.0)
         # Trainer divides by the forwards of a step, and processes by their number: the shares have done both.
-        return (loss * weight).sum() * self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        divided: int = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return (loss * weight).sum() * divided
 
-    def _measure(self, name: str, values: Tensor, weight: Tensor) -> None:
+    def _measure(self, name: str, values: Tensor | None, weight: Tensor) -> None:
         """The mean over sampled tokens goes to the log."""
         sampled = weight > 0
-        if bool(sampled.any()):
+        if values is not None and bool(sampled.any()):
             self._note(name, float(values.detach()[sampled].mean()))
 
     def _logprobs(self, model: Any, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of entries 1 and on of each row, `[rows, longest - 1]`; 0 where nothing was sampled."""
-        batch = self._collate([each.row for each in lessons])
+        batch = self.collator([each.row for each in lessons])
+        del batch["loss_weights"]  # shares are in its place
         with self.accelerator.autocast():
-            found = model(**batch, fused_lm_head=True)
+            found = model(**send_to_device(batch, self.accelerator.device), fused_lm_head=True)
         return found.log_probs, getattr(found, "entropy", None)
-
-    def _collate(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        from orchestra.training.flatten import dense_mask
-
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._tokenizer.pad_token_id)
-        positions = torch.zeros_like(ids)
-        labels = torch.full_like(ids, -100)
-        plain = all(map(is_sequence, rows))
-        mask = torch.eye(0 if plain else longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row.tokens)
-            positions[i, : len(row)] = torch.tensor(row.positions)
-            labels[i, : len(row)] = torch.where(torch.tensor(row.weights) > 0, ids[i, : len(row)], -100)
-            if not plain:
-                mask[i, 0, : len(row), : len(row)] = dense_mask(row)
-        made = {"input_ids": ids, "position_ids": positions, "labels": labels}
-        if not plain:
-            made["attention_mask"] = mask
-        return {name: value.to(self.accelerator.device) for name, value in made.items()}
 
     def _reference(self, model: Any, lessons: list[Lesson], width: int) -> Tensor:
         """Log-probabilities by the model at the start, computed when they are first asked for."""

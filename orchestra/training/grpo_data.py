@@ -69,7 +69,7 @@ def prompts(task: str, levels: Mapping[str, float], count: int, seed: int) -> Pr
 def _read(path: Path, most: int) -> list[Item]:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    items = []
+    items: list[Item] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or len(items) == most:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainerControl, Trainer
 from trl import GRPOConfig
 
 from orchestra.errors import UsageError
+from orchestra.runtime.engine import Engine
 from orchestra.training.grpo import GraphGRPOTrainer
 from orchestra.training.grpo_config import GRPORun
 from orchestra.training.grpo_data import prompts
@@ -24,12 +24,13 @@ from orchestra.training.rewards import part
 from orchestra.training.rollouts import Arm, Player
 
 
-def train_grpo(run: GRPORun, *, resume: bool = False) -> Path:
+def train_grpo(run: GRPORun, *, resume: bool = False, engine: Engine | None = None) -> Path:
     """Train, and write the final model with its tokenizer.
 
     Args:
         run: what to train.
         resume: go on from the newest whole checkpoint in the output folder.
+        engine: plays the rollouts in place of `run.engine`; it is left open.
 
     Returns:
         The folder of the final model, or of its adapter.
@@ -45,7 +46,7 @@ def train_grpo(run: GRPORun, *, resume: bool = False) -> Path:
     asked = prompts(run.task, run.levels, run.items, run.seed)
     arms, rewards = [Arm.of(spec) for spec in run.strategies], [part(spec) for spec in run.rewards]
     player = Player(
-        run.engine or f"local:{run.model}?max_batch=384",
+        engine or run.engine or f"local:{run.model}?max_batch=384",
         dict(run.engines),
         extract=asked.extract,
         temperature=run.temperature,
@@ -159,7 +160,7 @@ def _save(trainer: GraphGRPOTrainer, final: Path) -> Path:
     trainer.save_model(str(beside))
     if trainer.is_world_process_zero():
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
+        beside.replace(final)
     trainer.accelerator.wait_for_everyone()
     return final
 
@@ -181,7 +182,9 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     ) -> None:
         """Keep a line."""
         if state.is_world_process_zero:
-            shown = {name: round(value, 6) if isinstance(value, float) else value for name, value in (logs or {}).items()}
+            shown = {
+                name: round(value, 6) if isinstance(value, float) else value for name, value in (logs or {}).items()
+            }
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self._began, 1), **shown}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -25,9 +25,7 @@ def plain_weights(model: Any, accelerator: Any = None) -> dict[str, Tensor]:
 @torch.no_grad()
 def _merged(model: Any) -> dict[str, Tensor]:
     """Copies of a PEFT model's weights with its adapters in them; the model is left as it was, to the last bit."""
-    kept = {
-        name: parameter.detach().clone() for name, parameter in model.named_parameters() if ".base_layer." in name
-    }
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if ".base_layer." in name}
     model.merge_adapter()
     try:
         found = {}

@@ -1,14 +1,15 @@
 """Rewards of rollouts: functions of an `Outcome`, to be used alone, in TRL, or by `orchestra train grpo`.
 
 A reward is a function `(outcome, *, correct, item, **parameters) -> float`. `correct` is what the task's grader says
-(None: it could not be graded), `item` the task's item; a function that does not need them takes `**_`. One of your own is
-named by its dotted path, `my_package.rewards:brevity`: it is imported, never evaluated.
+(None: it could not be graded), `item` the task's item; a function that does not need them takes `**_`. One of your own
+is named by its dotted path, `my_package.rewards:brevity`: it is imported, never evaluated.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -154,8 +155,6 @@ def thread_lengths(text: str, count: Callable[[str], int]) -> tuple[int, int]:
 
 def _pieces(text: str) -> list[tuple[str, str]]:
     """A text cut at the tags of blocks and threads; a thread is one piece."""
-    import re
-
     tags = re.compile(r"(?P<thread><Thread>.*?(?:</Thread>|\Z))|(?P<open><Parallel>)|(?P<close></Parallel>)", re.S)
     found, at = [], 0
     for match in tags.finditer(text):

@@ -1,8 +1,8 @@
 """Rollouts for reinforcement learning: strategies run on an engine, many at a time, whatever happens to the engine.
 
 A `Player` owns the connection. It lives on an event loop of its own, so that a trainer, which has none, can ask for
-rollouts and wait. A rollout is played again when the engine failed; an engine that is gone is waited for, opened anew and
-given the weights again; and what a server sampled before it was found to have begun anew is thrown away.
+rollouts and wait. A rollout is played again when the engine failed; an engine that is gone is waited for, opened anew
+and given the weights again; and what a server sampled before it was found to have begun anew is thrown away.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Arm:
     Attributes:
         strategy: which.
         share: relative to the other arms' shares.
-        draw: parameters that are drawn for each prompt, all of its group the same: `{"children": [None, 4, 8]}` is APR's
+        draw: parameters that are drawn for each prompt, one for its group: `{"children": [None, 4, 8]}` is APR's
             conditioning on the number of children.
     """
 
@@ -238,7 +238,9 @@ class Player:
             except EngineError as error:
                 await self._disconnect()
                 if time.monotonic() - began + wait > self._patience:
-                    raise EngineDown(f"the rollout engine did not come back in {self._patience:g} s: {error}") from error
+                    raise EngineDown(
+                        f"the rollout engine did not come back in {self._patience:g} s: {error}"
+                    ) from error
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
             else:
