@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from fake_sglang import FakeSGLang, connected  # noqa: E402
 
 import orchestra  # noqa: E402
 from orchestra.errors import CapabilityError, EngineError, UsageError  # noqa: E402
@@ -168,3 +172,83 @@ def test_adapters_are_merged_and_the_model_is_left_as_it_was(tiny):
         plain.load_state_dict(weights)
         assert (plain(ids).logits - expected).abs().max() < 1e-5
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_is_given_weights_once_and_found_out_when_it_has_begun_anew():
+    weights = {"a.weight": torch.arange(6.0).view(2, 3).t(), "b.bias": torch.ones(2)}
+    weights["tied.weight"] = weights["b.bias"]
+
+    async def main() -> None:
+        fake = FakeSGLang()
+        async with connected(fake) as (_, connection):
+            engine = connection.engine
+            assert await engine.weights_kept()  # nobody has given it any
+            await engine.update_weights(weights)
+            await engine.update_weights(weights)  # it has them already: of two processes one is first
+            [(_, files)] = fake.weights
+            assert torch.equal(files["a.weight"], weights["a.weight"])
+            assert set(files) == {"a.weight", "b.bias"}  # a tied head is loaded with what it is tied to
+            assert await engine.weights_kept()
+            weights["b.bias"][0] = 2.0
+            await engine.update_weights(weights)
+            assert len(fake.weights) == 2
+            fake.weights.clear()  # a new process, as it was started
+            assert not await engine.weights_kept()
+            weights["b.bias"][0] = float("nan")
+            with pytest.raises(EngineError, match="refuses the weights: not a number"):
+                await engine.update_weights(weights)
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_real_server_that_is_killed_and_comes_back_plays_all_rollouts_by_the_new_weights(tmp_path):
+    """What it sampled is what a plain forward of the new weights says, to 1e-4: nothing is left of the old ones."""
+    from conftest import started
+
+    from orchestra.evaluation.countdown import generate
+    from orchestra.evaluation.tasks import Item
+    from orchestra.runtime.connect import EMBEDDED
+    from orchestra.runtime.sglang_server import SGLangServer
+    from orchestra.spec import parse_strategy
+    from orchestra.training.rollouts import Play, Player
+
+    weights = changed(str(EMBEDDED), scale=0.05)
+    plain = load_plain(str(EMBEDDED))
+    plain.load_state_dict(weights)
+    strategy = parse_strategy("spawn_join(rounds=2)")
+    plays = [Play(Item(one.id, one.prompt, {}), strategy, i) for i, one in enumerate(generate("hard", "train", 24))]
+
+    def worst(rollouts) -> float:
+        far, count = 0.0, 0
+        for rollout in rollouts:
+            graph = rollout.outcome.graph
+            for node in graph.nodes:
+                if sampled := node.count("sampled"):
+                    ids = torch.tensor([graph.path_tokens(node.id)])
+                    with torch.no_grad():
+                        said = plain(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                    own = torch.tensor([p for span in node.spans for p in span.logprobs])
+                    far, count = max(far, float((said[-sampled:] - own).abs().max())), count + sampled
+        assert count > 1000
+        return far
+
+    with started(SGLangServer, EMBEDDED, tmp_path / "first.log") as server:
+        player = Player(f"sglang://127.0.0.1:{server.port}?patience=2", max_tokens=120, patience=600)
+        player.update(weights)
+        assert worst(player.play(plays)) < 1e-4
+        box: list = []
+        thread = threading.Thread(target=lambda: box.append(player.play(plays)))
+        thread.start()
+        time.sleep(1.0)
+        server.stop()
+        with started(SGLangServer, EMBEDDED, tmp_path / "second.log", port=server.port):
+            thread.join(600)
+            assert box, "no rollouts came back"
+            assert all(rollout.outcome is not None for rollout in box[0])
+            assert worst(box[0]) < 1e-4
+            player.close()
