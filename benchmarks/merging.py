@@ -121,13 +121,14 @@ def main() -> None:
         print(lines[-1], flush=True)
     text = f"""# Merged units against units alone
 
-`python benchmarks/merging.py --layers {options.layers} --rounds {options.rounds}`: forward and backward, float32, width of
-Qwen2.5-0.5B, {options.layers} layers. Medians of {options.rounds} alternating rounds; {torch.get_num_threads()} thread(s),
-{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}.
+`python benchmarks/merging.py --layers {options.layers} --rounds {options.rounds}`: forward and backward, float32, width
+of Qwen2.5-0.5B, {options.layers} layers. Medians of {options.rounds} alternating rounds; {torch.get_num_threads()}
+thread(s), {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}.
 
-| trajectory | tokens merged | tokens saved, x | each alone, s | padded, s | merged, s | faster, x | of what is saved | collation, % |
+| trajectory | merged | saved, x | each alone, s | padded, s | merged, s | faster, x | of what is saved | collation, % |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
-""" + "\n".join(lines) + "\n"
+"""
+    text += "\n".join(lines) + "\n"
     RESULTS.write_text(text, encoding="utf-8")
 
 
