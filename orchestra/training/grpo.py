@@ -80,7 +80,7 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
                 f"{self.num_generations}"
             )
         self._buffered_inputs: list[list[Lesson]] | None = None
-        self.collator = GraphCollator(self._tokenizer.pad_token_id, config=self.model.config)
+        self.collator = GraphCollator(self._tokenizer.pad_token_id, config=self.model.config, weights=False)
         self._trained_at = 0.0
 
     @property
@@ -237,7 +237,6 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
     def _logprobs(self, model: Any, lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of entries 1 and on of each row, `[rows, longest - 1]`; 0 where nothing was sampled."""
         batch = self.collator([each.row for each in lessons])
-        del batch["loss_weights"]  # shares are in its place
         with self.accelerator.autocast():
             found = model(**send_to_device(batch, self.accelerator.device), fused_lm_head=True)
         return found.log_probs, getattr(found, "entropy", None)
