@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rollouts.py [--prompts 48] [--repeats 5]
 
-Rollouts of `spawn_join` on Countdown `hard` with the embedded model, at temperature 1, all at once. Each graph is then
-played again with nothing but `engine.generate`: a generation starts when those that it came after have ended, is given
-the same forced tokens, and asked for as many tokens as it had (`max_tokens`, `ignore_eos`, no stop strings, no text
-looked at). Seed and fork path are the same, so the tokens are, too, which is checked. Both ways take turns; the ratio is
-the median of the ratios of turns. Writes `benchmarks/results/rollouts.md` and `.json`.
+Rollouts of `spawn_join` on Countdown `hard` with the embedded model, at temperature 1, all at once. Each graph is
+then played again with nothing but `engine.generate`: a generation starts when those that it came after have ended, is
+given the same forced tokens, and asked for as many tokens as it had (`max_tokens`, `ignore_eos`, no stop strings;
+nothing looks at its text). Seed and fork path are the same, so the tokens are, too, which is checked. Both ways take
+turns; the ratio is the median of the ratios of turns. Writes `benchmarks/results/rollouts.md` and `.json`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ COLUMNS = (
     Column("cpu_ratio", "CPU to raw", ".3f"),
 )
 NOTES = (
-    "Countdown `hard`, train split, embedded model, temperature 1, all rollouts at once, in process, one thread. Medians "
-    "of turns; ratios are medians of the ratios of turns, since other work on the machine meets both ways. CPU seconds "
-    "are the process's own, all threads."
+    "Countdown `hard`, train split, embedded model, temperature 1, all rollouts at once, in process, one thread. "
+    "Medians of turns; ratios are medians of the ratios of turns, since other work on the machine meets both ways. "
+    "CPU seconds are the process's own, all threads."
 )
 
 

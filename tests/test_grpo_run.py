@@ -280,3 +280,23 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_nothing_half(tmp_path):
 def test_what_is_wrong_in_a_configuration_is_one_line(tmp_path, overrides, said):
     with pytest.raises(UsageError, match=said):
         train_grpo(config(tmp_path, *overrides))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path):
+    changes = ["levels={hard: 1.0}", "max_tokens=60", "rewards=[concurrency]"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    subprocess.run([*launch, *command(tmp_path / "two", *changes)[1:]], check=True, timeout=280)
+    subprocess.run(command(tmp_path / "one", *changes), check=True, timeout=280)
+    assert apart(tmp_path / "one" / "final", EMBEDDED) > 1e-4
+    assert apart(tmp_path / "one" / "final", tmp_path / "two" / "final") <= 1e-6

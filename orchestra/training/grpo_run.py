@@ -185,7 +185,8 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
             shown = {
                 name: round(value, 6) if isinstance(value, float) else value for name, value in (logs or {}).items()
             }
-            line = {"step": state.global_step, "seconds": round(time.monotonic() - self._began, 1), **shown}
+            times = {"seconds": round(time.monotonic() - self._began, 1), "cpu_seconds": round(time.process_time(), 1)}
+            line = {"step": state.global_step, **times, **shown}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
