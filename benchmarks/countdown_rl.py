@@ -135,11 +135,11 @@ def acceleration(steps: int, limit: int, runs: Path) -> None:
     start = runs / "adaptive"
     if not (start / "config.json").is_file():
         subprocess.run([sys.executable, str(ROOT / "benchmarks/adaptive_sft.py"), str(start)], check=True)
-    plain = trained(start, runs / "correctness", steps, "prompts=8")
+    plain = trained(start, runs / "correctness", steps, "prompts=6")
     bonus = "rewards=[correctness, {reward: acceleration, rho: 0.5, clip: 0.2}]"
-    fast = trained(start, runs / "acceleration", steps, "prompts=8", bonus)
+    fast = trained(start, runs / "acceleration", steps, "prompts=6", bonus)
     models = {"RL, correctness": str(plain), "RL, correctness + acceleration": str(fast), "before RL": str(start)}
-    notes = f"Both runs took {steps} optimiser steps on the same prompts, two from each generation of 64 rollouts."
+    notes = f"Both runs took {steps} optimiser steps on the same prompts, two from each generation of 48 rollouts."
     compare("The acceleration reward", models, limit, runs, "countdown_rl_acceleration.json", notes)
 
 
@@ -149,7 +149,7 @@ if __name__ == "__main__":
     parser.add_argument("--before", default="runs/countdown-sft/final")
     parser.add_argument("--after", default="runs/countdown-apr-grpo/final")
     parser.add_argument("--limit", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "countdown_rl")
     parser.add_argument("--notes", default="")
     options = parser.parse_args()
