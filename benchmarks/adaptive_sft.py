@@ -1,9 +1,10 @@
-"""A model that may spawn children or search alone, about half of the time each: where RL's acceleration is measured.
+"""A model that spawns its children at once or one by one, half of the time each: where RL's acceleration is measured.
 
-Goes on training the embedded model on problems whose forced header says `children: free`; half of the demonstrations
-then spawn, and half search serially in the parent, which `spawn_join` takes as an answer without children.
+Goes on training the embedded model on parents whose forced header says `children: free`. Half of them then spawn all
+children in one round; the others look at the same first steps one after the other, a round for each, until one
+succeeds. What a child does, and so what a parent finds, is the same; only the critical path differs.
 
-    OMP_NUM_THREADS=1 python benchmarks/adaptive_sft.py runs/adaptive [steps=600] [seed=1]
+    OMP_NUM_THREADS=1 python benchmarks/adaptive_sft.py runs/adaptive [steps=250] [seed=1]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestra.evaluation.countdown import Instance
 from orchestra.protocols import apr
 from orchestra.runtime.connect import EMBEDDED
 from orchestra.training import demonstrations
@@ -28,25 +30,33 @@ from orchestra.training.tokenizer import PAD
 PEAK, WARMUP = 5e-4, 20
 
 
+def one_by_one(instance: Instance, rng: random.Random) -> Demonstration:
+    """A parent that spawns a child a round."""
+    parent, _ = demonstrations.spawn_join(instance, rng)
+    segments = [parent.segments[0]]
+    results = parent.segments[2].text.strip("\n").split("\n")
+    for spawned, result in zip(parent.segments[1].text.split("\n")[:-1], results, strict=True):
+        segments += [Segment(f"{spawned}\n {apr.JOIN}", learn=True), Segment(f"\n{result}\n", learn=False)]
+        if result.strip() != apr.NONE:
+            break
+    return Demonstration("parent", (*segments, parent.segments[-1]), parent.solved)
+
+
 class Adaptive(Mixture):
-    """Both behaviours after one and the same header."""
+    """Both behaviours after one and the same header, and the children of both."""
 
     def _demonstrations(self, kind: str, rng: random.Random) -> Iterator[Demonstration]:
-        if kind != "serial":
-            yield from super()._demonstrations(kind, rng)
-            return
         for instance in self._instances(rng):
-            given, learned = demonstrations.serial(instance, rng).segments
-            header = Segment(given.text + apr.header(None), learn=False)
-            # The header ends with the line break that a serial search begins with.
-            yield Demonstration("serial", (header, Segment(learned.text.removeprefix("\n"), learn=True)), True)
+            yield demonstrations.spawn_join(instance, rng)[0]
+            yield one_by_one(instance, rng)
+            yield from demonstrations.balanced_children(instance, rng)
 
 
 def train(folder: Path, steps: int, seed: int) -> None:
     """Train and save."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
-    mixture = Adaptive(seed, 3000, {"small": 0.3, "hard": 0.7}, conditioned=0.0)
+    mixture = Adaptive(seed, 3000, {"hard": 1.0}, conditioned=0.0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min((step + 1) / WARMUP, 1 - step / steps))
     began = time.monotonic()
@@ -71,4 +81,4 @@ def train(folder: Path, steps: int, seed: int) -> None:
 
 if __name__ == "__main__":
     options = dict(word.split("=") for word in sys.argv[2:])
-    train(Path(sys.argv[1]), int(options.get("steps", 600)), int(options.get("seed", 1)))
+    train(Path(sys.argv[1]), int(options.get("steps", 250)), int(options.get("seed", 1)))

@@ -26,6 +26,7 @@ from orchestra.runtime.local.engine import LocalEngine  # noqa: E402
 from orchestra.spec import parse_strategy  # noqa: E402
 from orchestra.training.config import read_config  # noqa: E402
 from orchestra.training.grpo_config import GRPORun  # noqa: E402
+from orchestra.training.grpo_data import prompt_at  # noqa: E402
 from orchestra.training.grpo_run import newest_checkpoint, train_grpo  # noqa: E402
 from orchestra.training.rollouts import Play, Player, Rollout  # noqa: E402
 
@@ -35,7 +36,7 @@ SMOKE = Path(__file__).parents[1] / "configs" / "countdown-apr-grpo-smoke.yaml"
 def config(output: Path, *overrides: str) -> GRPORun:
     small = [
         "levels={hard: 1.0}",
-        "items=8",
+        "items=3",
         "group=4",
         "prompts=2",
         "rows=4",
@@ -99,6 +100,14 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(whole, tmp_path):
     assert newest_checkpoint(output) == output / "checkpoint-2"
     train_grpo(config(output), resume=True)
     assert apart(output / "final", whole / "final") <= 1e-6
+
+
+def test_a_resumed_run_asks_the_same_prompts_however_often_it_has_asked_them_all():
+    items = [Item(str(i), "p", {}) for i in range(5)]
+    asked = [prompt_at(items, place, seed=1).id for place in range(15)]
+    assert [sorted(asked[i : i + 5]) for i in (0, 5, 10)] == [["0", "1", "2", "3", "4"]] * 3
+    assert len({tuple(asked[i : i + 5]) for i in (0, 5, 10)}) == 3
+    assert asked[7:9] == [prompt_at(items, place, seed=1).id for place in (7, 8)]
 
 
 def test_there_is_nothing_to_resume_where_no_checkpoint_is_whole(tmp_path):
@@ -273,6 +282,7 @@ def test_ctrl_c_ends_a_run_in_one_line_and_leaves_nothing_half(tmp_path):
         (["levels={easy: 1.0}"], "easy"),
         (["temperature=0"], "temperature is above 0"),
         (["minibatches=3"], "cannot be split into 3"),
+        (["items=1"], "asks 2 prompts"),
         (["group=0"], "group is a number of at least 1"),
         (["model="], "model= says which model"),
     ],

@@ -26,11 +26,12 @@ from trl import GRPOTrainer
 
 from orchestra.errors import UsageError
 from orchestra.evaluation.runner import sample_seed
+from orchestra.evaluation.tasks import Item
 from orchestra.outcome import Outcome
 from orchestra.training.advantages import Mean, Scale, advantages, calls, shares
 from orchestra.training.collate import GraphCollator
 from orchestra.training.credit import Lesson, batches, even, lesson
-from orchestra.training.grpo_data import Prompts
+from orchestra.training.grpo_data import Prompts, prompt_at
 from orchestra.training.policy_weights import plain_weights
 from orchestra.training.rewards import Part, children, problems, total
 from orchestra.training.rollouts import Arm, Play, Player, Rollout, assign
@@ -69,6 +70,7 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
         rollout_func: Callable[[Sequence[Play]], list[Rollout]] | None = None,
         **options: Any,
     ) -> None:
+        # Which prompts a step asks is settled in `_asked`; the dataset says how many there are.
         dataset = Dataset.from_dict({"item": list(range(len(prompts.items)))})
         super().__init__(reward_funcs=[part.function for part in rewards], train_dataset=dataset, **options)
         self.player, self.prompts, self.arms, self.rewards = player, prompts, list(arms), list(rewards)
@@ -96,13 +98,21 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
         if self._step % (forwards * self.num_iterations) == 0 or self._buffered_inputs is None:
             if self._trained_at:
                 self._note("seconds/train", time.monotonic() - self._trained_at)
-            items = [self.prompts.items[example["item"]] for example in generation_batch[:: self.num_generations]]
-            first = self.accelerator.process_index * len(items)
+            count = self._local_batch // self.num_generations
+            first = self.accelerator.process_index * count
+            items = self._asked(first, count)
             seed = sample_seed(self.args.seed, "generation", self.state.global_step)
             self._buffered_inputs = self._generation(assign(items, self.num_generations, self.arms, seed, first))
             self._trained_at = time.monotonic()
         assert self._buffered_inputs is not None  # see above
         return {"lessons": self._buffered_inputs[self._step % forwards]}
+
+    def _asked(self, first: int, count: int) -> list[Item]:
+        """Prompts `first` and on of this generation: a function of the step, so that a resumed run asks the same."""
+        of_all = count * self.accelerator.num_processes
+        steps = self.args.steps_per_generation // self.args.gradient_accumulation_steps * self.num_iterations
+        begin = self.state.global_step // max(steps, 1) * of_all + first
+        return [prompt_at(self.prompts.items, place, self.args.seed) for place in range(begin, begin + count)]
 
     def _generation(self, plays: list[Play]) -> list[list[Lesson]]:
         """Play, judge, and cut into the forwards of the optimiser steps to come."""

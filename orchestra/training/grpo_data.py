@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,6 +65,19 @@ def prompts(task: str, levels: Mapping[str, float], count: int, seed: int) -> Pr
     random.Random(seed).shuffle(found)
     graded = load_task("countdown", level=next(iter(levels)))
     return Prompts(found, graded.extract, graded)
+
+
+def prompt_at(items: Sequence[Item], place: int, seed: int) -> Item:
+    """The prompt number `place` of a run: all items in random order, then all in another one, and so on."""
+    epoch, index = divmod(place, len(items))
+    return items[_order(len(items), f"prompts/{seed}/{epoch}")[index]]
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _read(path: Path, most: int) -> list[Item]:

@@ -44,6 +44,8 @@ def train_grpo(run: GRPORun, *, resume: bool = False, engine: Engine | None = No
     if resume and checkpoint is None:
         raise UsageError(f"nothing to resume: there is no whole checkpoint in {output}")
     asked = prompts(run.task, run.levels, run.items, run.seed)
+    if len(asked.items) < run.prompts:
+        raise UsageError(f"a generation asks {run.prompts} prompts; {run.task} has {len(asked.items)}")
     arms, rewards = [Arm.of(spec) for spec in run.strategies], [part(spec) for spec in run.rewards]
     player = Player(
         engine or run.engine or f"local:{run.model}?max_batch=384",
@@ -124,6 +126,7 @@ def arguments(run: GRPORun) -> GRPOConfig:
         report_to=run.report_to,
         model_init_kwargs={"dtype": "bfloat16" if run.bf16 and run.lora else "float32"},
         disable_tqdm=True,
+        disable_dropout=True,  # rollouts are played without
         dataloader_num_workers=0,
     )
 

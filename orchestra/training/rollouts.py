@@ -251,12 +251,14 @@ class Player:
         failed: Counter[int] = Counter()
         lost = 0
         while True:
-            connection = await self._connected()
+            connection, before = await self._connected(), len(done)
             try:
                 await self._round(connection, plays, done, failed)
+                if len(done) == before < len(plays):
+                    raise EngineDown("no rollout could be played")
                 if not await connection.engine.weights_kept():
                     raise EngineDown("the engine began anew while rollouts were played")
-            except EngineDown as error:
+            except EngineDown:
                 lost += 1
                 if lost > self._tries:
                     raise
@@ -264,7 +266,6 @@ class Player:
                     done.clear()  # some of it may be by other weights
                 await self._disconnect()
                 await self._with_patience(self._update)
-                del error
                 continue
             if len(done) == len(plays):
                 break
