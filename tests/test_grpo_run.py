@@ -311,3 +311,31 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert apart(tmp_path / "one" / "final", EMBEDDED) > 1e-4
     # Where a gradient is next to nothing, its rounding decides which way Adam steps: by a share of 1e-4.
     assert apart(tmp_path / "one" / "final", tmp_path / "two" / "final") <= 2e-5
+
+
+def longer(outcome: Any, *, item: Item, scale: float = 1.0, **_: Any) -> float:
+    """A reward of a user's own."""
+    assert item.reference["answer"] == "4"
+    return scale * len(set(outcome.text))
+
+
+def test_own_prompts_own_rewards_and_a_mix_of_long_traces_and_pdr_rounds(tiny, tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"2 + 2, {i}", "answer": "4"}) + "\n" for i in range(4)))
+    run = GRPORun(
+        model=tiny,
+        output=str(tmp_path / "out"),
+        task=str(file),
+        strategies=[{"strategy": "sample", "share": 1}, {"strategy": "pdr(widths=[2])", "share": 1}],
+        rewards=[{"reward": "correctness", "wrong": -1}, {"reward": f"{__name__}:longer", "weight": 0.1, "scale": 2}],
+        group=2, prompts=2, rows=2, steps=2, max_tokens=12, learning_rate=1e-3, save_every=2, mean="tokens",
+    )  # fmt: skip
+    train_grpo(run)
+    [first, second, _] = log(tmp_path / "out")
+    for line in (first, second):
+        # One of two prompts is a round of two drafts and a refinement, all of which are model calls that learn.
+        assert line["rollout/calls"] == 2.0
+        assert line["rollout/children"] > 0
+        parts = line["reward/correctness"] + 0.1 * line["reward/longer"]
+        assert line["rollout/reward"] == pytest.approx(parts, abs=1e-5)
+    assert apart(tmp_path / "out" / "final", Path(tiny)) > 1e-4
