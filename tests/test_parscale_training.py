@@ -24,7 +24,7 @@ from orchestra.evaluation.countdown import LEVELS, Level, split_of  # noqa: E402
 from orchestra.parscale.model import ParScale  # noqa: E402
 from orchestra.training import tokenizer as words  # noqa: E402
 from orchestra.training.config import ParScaleConfig, read_config  # noqa: E402
-from orchestra.training.flatten import causal  # noqa: E402
+from orchestra.training.flatten import Row  # noqa: E402
 from orchestra.training.parscale import build_model, row_losses, train_parscale, validate  # noqa: E402
 from orchestra.training.parscale_data import load_data, row  # noqa: E402
 
@@ -136,7 +136,7 @@ def test_what_is_given_is_not_learned() -> None:
     loaded.chat_template = CHAT
     prompt, completion = " numbers: 3 7 target: 10", " 3 + 7 = 10"
     asked, told = words.encode(prompt), words.encode(completion)
-    assert row({"text": prompt}, loaded, 99) == causal([words.BOS, *asked, words.EOS], [1.0] * (len(asked) + 2))
+    assert row({"text": prompt}, loaded, 99) == Row.sequence([words.BOS, *asked, words.EOS], [1.0] * (len(asked) + 2))
     both = row({"prompt": prompt, "completion": completion}, loaded, 99)
     assert both.tokens == [words.BOS, *asked, *told, words.EOS]
     assert both.weights == [0.0] * (len(asked) + 1) + [1.0] * (len(told) + 1)
@@ -144,7 +144,7 @@ def test_what_is_given_is_not_learned() -> None:
     assert (cut.tokens, cut.weights) == (both.tokens[:3], [0.0] * 3)
     turns = [{"role": "spawn:", "content": "3 7"}, {"role": "answer:", "content": "10"}]
     talk = row({"messages": turns}, loaded, 99)
-    assert talk.weights == [1.0] * len(talk.tokens)
+    assert talk.weights == [0.0, *[1.0] * (len(talk) - 1)]
     half = row({"prompt": turns[:1], "completion": turns[1:]}, loaded, 99)
     assert half.tokens == talk.tokens
     assert [token for token, weight in zip(half.tokens, half.weights, strict=True) if weight] == words.encode(
@@ -192,7 +192,7 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
     ("overrides", "message"),
     [
         (["streams=1"], "leaves nothing to train"),
-        (["train=some"], "train is all or streams, not 'some'"),
+        (["train=some"], "train: Input should be 'all' or 'streams'"),
         (["backbone="], "backbone: is missing"),
         (["backbone=./nowhere"], "no model folder './nowhere'"),
         (["data=./nowhere.jsonl"], "cannot load the data ./nowhere.jsonl"),

@@ -81,7 +81,10 @@ class RowBatches:
         self._schedule = schedule or Schedule()
         counts = [len(source) for source in sources]
         total = sum(counts)
-        shares = [count / total if source.share is None else source.share for source, count in zip(sources, counts, strict=True)]
+        shares = [
+            count / total if source.share is None else source.share
+            for source, count in zip(sources, counts, strict=True)
+        ]
         self._quotas = [max(1, round(total * share / sum(shares))) for share in shares]
         self._epoch = lru_cache(maxsize=2)(self._order)
 
@@ -134,7 +137,8 @@ def hold_out(sources: Sequence[Rows], count: int, seed: int) -> tuple[list[Rows]
     total = sum(map(len, sources))
     if count >= total:
         raise ValueError(f"held_out: {count} of {total} rows leaves none to learn from")
-    left, rows = [], []
+    left: list[Rows] = []
+    rows: list[Row] = []
     for number, source in enumerate(sources):
         indices = list(range(len(source)))
         random.Random(f"{seed}/held-out/{number}").shuffle(indices)

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from orchestra.errors import UsageError
+
 Config = TypeVar("Config")
 
 
@@ -83,24 +85,24 @@ def read_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     ``lora.r=8`` changes one key of a mapping and leaves the others.
 
     Raises:
-        ValueError: A key is unknown, a value is none of its field's, or an override has no equals sign.
+        UsageError: A key is unknown, a value is none of its field's, or an override has no equals sign.
     """
     values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a mapping of keys to values")
+        raise UsageError(f"{path} is not a mapping of keys to values")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override {override!r} is not of the form key=value")
-        _set(values, key.split("."), yaml.safe_load(value), override)
+            raise UsageError(f"override {override!r} is not of the form key=value")
+        _set(values, key.split("."), yaml.safe_load(value) if value else "", override)
     known = [known_field.name for known_field in fields(cast(Any, kind))]
     unknown = sorted(str(key) for key in set(values) - set(known))
     if unknown:
-        raise ValueError(f"unknown key {', '.join(unknown)} in {path}: choose from {', '.join(known)}")
+        raise UsageError(f"unknown key {', '.join(unknown)} in {path}: choose from {', '.join(known)}")
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        raise ValueError("; ".join(_said(kind, found) for found in error.errors())) from error
+        raise UsageError("; ".join(_said(kind, found) for found in error.errors())) from error
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
@@ -108,7 +110,7 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any, override: str)
         values[key] = {} if values.get(key) is None else values[key]
         values = values[key]
         if not isinstance(values, dict):
-            raise ValueError(f"override {override!r}: {key} is not a mapping")
+            raise UsageError(f"override {override!r}: {key} is not a mapping")
     values[keys[-1]] = value
 
 

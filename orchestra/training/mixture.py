@@ -15,7 +15,7 @@ from itertools import count
 from orchestra.evaluation.countdown import Instance, Split, moves, reachable, stream
 from orchestra.training import demonstrations
 from orchestra.training.demonstrations import Demonstration
-from orchestra.training.flatten import Row, causal
+from orchestra.training.flatten import Row
 from orchestra.training.tokenizer import BOS, EOS, IDS, encode
 
 CYCLE = ("spawn_join", "serial", "spawn_join", "serial", "three")
@@ -49,7 +49,7 @@ def row(demonstration: Demonstration, weights: Weights) -> Row:
             else:
                 values.append({HIT: weights.hit, MISS: weights.miss}.get(token, weights.other))
                 answering = token == ANSWER
-    return causal([*ids, EOS], [*values, weights.answer])
+    return Row.sequence([*ids, EOS], [*values, weights.answer])
 
 
 class Mixture:

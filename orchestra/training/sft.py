@@ -20,7 +20,8 @@ from trl import SFTConfig
 from orchestra.errors import UsageError, one_of
 from orchestra.protocols import PROTOCOLS
 from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
-from orchestra.training import lora, tokenizer as words
+from orchestra.training import lora
+from orchestra.training import tokenizer as words
 from orchestra.training.arguments import arguments, start
 from orchestra.training.batches import RowBatches, Schedule, hold_out
 from orchestra.training.collate import GraphCollator
@@ -69,7 +70,7 @@ def build_model(config: SupervisedConfig, tokenizer: Any) -> Any:
         place, local = config.model, local_folder(config.model)
         options |= {"revision": config.revision, "local_files_only": local}
         return read(lambda: AutoModelForCausalLM.from_pretrained(place, **options), place)
-    keys = {"vocab_size": len(tokenizer)}
+    keys: dict[str, Any] = {"vocab_size": len(tokenizer)}
     keys |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     keys |= config.model
     if "model_type" not in keys:
@@ -164,31 +165,44 @@ def options(config: SupervisedConfig, steps: int, **more: Any) -> SFTConfig:
     """
     if config.warmup_share:
         config = replace(config, warmup_steps=math.ceil(config.warmup_share * steps))
-    told = arguments(config, steps) | SCHEDULES[config.schedule] | {
-        "adam_beta1": config.beta1,
-        "adam_beta2": config.beta2,
-        "max_grad_norm": config.max_grad_norm,
-        "gradient_accumulation_steps": config.accumulate,
-        "logging_steps": config.log_every,
-        "bf16": config.bf16,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "report_to": config.report_to,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "dataloader_num_workers": 0,
-        **more,
-    }
+    told = (
+        arguments(config, steps)
+        | SCHEDULES[config.schedule]
+        | {
+            "adam_beta1": config.beta1,
+            "adam_beta2": config.beta2,
+            "max_grad_norm": config.max_grad_norm,
+            "gradient_accumulation_steps": config.accumulate,
+            "logging_steps": config.log_every,
+            "bf16": config.bf16,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            "report_to": config.report_to,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "dataloader_num_workers": 0,
+            **more,
+        }
+    )
     try:
         made = SFTConfig(**told | config.trainer)
     except (TypeError, ValueError) as error:
         raise UsageError(f"trainer: {error}") from error
     if made.n_gpu > 1:
-        raise UsageError(f"{made.n_gpu} GPUs: start with `accelerate launch -m orchestra train sft ...`, or show it one")
+        raise UsageError(
+            f"{made.n_gpu} GPUs: start with `accelerate launch -m orchestra train sft ...`, or show it one"
+        )
     return made
 
 
 def train(
-    config: SupervisedConfig, model: Any, tokenizer: Any, data: Data, *, marks: Mapping[str, int] | None = None,
-    journal: Journal | None = None, resume: bool = False, new: Sequence[int] = (),
+    config: SupervisedConfig,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    *,
+    marks: Mapping[str, int] | None = None,
+    journal: Journal | None = None,
+    resume: bool = False,
+    new: Sequence[int] = (),
 ) -> Path:
     """Train a model on batches of rows, and write it with its tokenizer.
 
@@ -215,7 +229,7 @@ def train(
     trainer = WeightedSFTTrainer(
         batches=data.batches,
         held_out=data.held_out,
-        collator=GraphCollator(_pad(tokenizer), config=model.config, pack=config.packing or None),
+        collator=GraphCollator(_pad(tokenizer), config=model.config, pack=config.packing or None, dtype=model.dtype),
         marks=marks,
         model=model,
         args=told,

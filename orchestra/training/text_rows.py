@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from orchestra.errors import OrchestraError, UsageError
 from orchestra.graph import ThreadGraph
-from orchestra.protocols import PROTOCOLS
 from orchestra.runtime.local.prompts import Prompts
 from orchestra.training.batches import Rows
-from orchestra.training.flatten import Row, causal, flatten
+from orchestra.training.flatten import Row, flatten
 from orchestra.training.graphs import graph_of
 from orchestra.training.sft_config import Source, SupervisedConfig
 from orchestra.training.texts import PLAIN, Example, example, read_records
@@ -32,6 +31,8 @@ class Renderer:
     def __init__(self, tokenizer: Any, config: SupervisedConfig) -> None:
         self._prompts = Prompts(tokenizer, config.longest)
         self._eos = tokenizer.eos_token_id
+        if self._eos is None:
+            raise UsageError("this tokenizer has no end token: a model could never learn to stop")
         self._config = config
         self._weights = {tokenizer.convert_tokens_to_ids(token): value for token, value in config.weights.items()}
         if None in self._weights or tokenizer.unk_token_id in self._weights:
@@ -39,28 +40,19 @@ class Renderer:
 
     def graph(self, example: Example) -> ThreadGraph:
         """The thread graph of an example: what a strategy would have made of a model that says the same."""
-        prompt = self._prompts.prompt(example.prompt)
-        return graph_of(prompt, example.text, PROTOCOLS[example.language], self._encode, self._eos, example.helpers)
+        return graph_of(
+            example.prompt, example.text, example.language, self._prompts, self._eos, branches=example.helpers
+        )
 
     def parallel(self, example: Example) -> Row:
         """The row of an example in its language."""
-        example = example.suffixed(self._config.suffixes.get("parallel", ""))
-        if example.language == PLAIN:
-            return self._plain(example, example.text)
-        graph = self.graph(example)
+        graph = self.graph(example.suffixed(self._config.suffixes.get("parallel", "")))
         return self._weighted(flatten(graph) if self._config.layout == "graph" else merge(units(graph)))
 
     def plain(self, example: Example) -> Row:
         """The row of its plain text."""
-        return self._plain(example.suffixed(self._config.suffixes.get("plain", "")), example.plain)
-
-    def _plain(self, example: Example, text: str) -> Row:
-        given = self._prompts.prompt(example.prompt).tokens
-        learned = [*self._encode(text), *([] if self._eos is None else [self._eos])]
-        return self._weighted(causal([*given, *learned], [0.0] * len(given) + [1.0] * len(learned)))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._prompts.forced(text).tokens
+        example = example.suffixed(self._config.suffixes.get("plain", ""))
+        return self._weighted(flatten(self.graph(replace(example, text=example.plain, language=PLAIN, helpers=()))))
 
     def _weighted(self, row: Row) -> Row:
         if self._weights:
@@ -118,7 +110,12 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
         made = {"records": records, "language": source.language or config.language, "renderer": renderer}
         told = asdict(config) | asdict(source) | {"data": list(records), "words": tokenizer.get_vocab()}
         fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        rows = Dataset.from_generator(_made, cache_dir=str(cache), gen_kwargs=made | {"path": source.path, "longest": config.longest}, fingerprint=fingerprint)
+        rows = Dataset.from_generator(
+            _made,
+            cache_dir=str(cache),
+            gen_kwargs=made | {"path": source.path, "longest": config.longest},
+            fingerprint=fingerprint,
+        )
     if not len(rows):
         raise UsageError(f"{source.path} has no rows of at most {config.longest} tokens (longest)")
     return Rows(rows, source.share)

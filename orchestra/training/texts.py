@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestra.errors import UsageError, one_of
 from orchestra.protocols import PROTOCOLS
-from orchestra.runtime.engine import Prompt
+from orchestra.runtime.engine import Message, Prompt
 
 PLAIN = "plain"
 COLUMNS = ("messages", "prompt", "completion", "language", "plain", "children", "workers")
@@ -47,11 +47,10 @@ class Example:
             return self
         if isinstance(self.prompt, str):
             return replace(self, prompt=self.prompt + suffix)
-        messages = [dict(message) for message in self.prompt]
-        for message in reversed(messages):
-            if message.get("role") == "user":
-                message["content"] = f"{message['content']}{suffix}"
-                break
+        messages = list(self.prompt)
+        last = max((i for i, message in enumerate(messages) if message.get("role") == "user"), default=None)
+        if last is not None:
+            messages[last] = {**messages[last], "content": f"{messages[last]['content']}{suffix}"}
         return replace(self, prompt=messages)
 
 
@@ -85,7 +84,7 @@ def _turns(record: Mapping[str, Any]) -> tuple[Prompt, str]:
         messages = _messages(record["messages"], "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise UsageError("messages: the last one is to be the assistant's, after at least one other")
-        return messages[:-1], messages[-1]["content"]
+        return messages[:-1], str(messages[-1]["content"])
     if "prompt" not in record or "completion" not in record:
         raise UsageError(f"neither messages nor prompt and completion: it has {', '.join(record) or 'nothing'}")
     prompt, completion = record["prompt"], record["completion"]
@@ -101,14 +100,16 @@ def _turns(record: Mapping[str, Any]) -> tuple[Prompt, str]:
     return prompt, completion
 
 
-def _messages(value: Any, column: str) -> list[dict[str, Any]]:
+def _messages(value: Any, column: str) -> list[Message]:
     wrong = f"{column}: not a list of messages with role and content"
     if not isinstance(value, list) or not value:
         raise UsageError(wrong)
     for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
             raise UsageError(wrong)
-    return [dict(message) for message in value]
+    return list(value)
 
 
 def untagged(text: str, language: str) -> str:

@@ -83,15 +83,14 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
 
     def _losses(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Weighted cross-entropies in nats, weights and labels of the places where any row learns, and outputs."""
-        # The sequence classes of transformers take padding at the end for the start of other sequences if they are
-        # given positions without a mask; rows without a mask have the ordinary ones.
-        mask = inputs["attention_mask"]
-        seen = {} if mask is None else {"attention_mask": mask, "position_ids": inputs["position_ids"]}
+        seen = {name: inputs[name] for name in ("position_ids", "attention_mask") if name in inputs}
         weights, labels = inputs["loss_weights"][:, 1:], inputs["input_ids"][:, 1:]
-        places = (weights > 0).any(0).nonzero().squeeze(1)  # logits of a large vocabulary are most of the memory
+        places = (weights != 0).any(0).nonzero().squeeze(1)  # logits of a large vocabulary are most of the memory
         outputs = model(input_ids=inputs["input_ids"], **seen, use_cache=False, logits_to_keep=places)
+        logits = outputs.logits.flatten(0, 1)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         weights, labels = weights[:, places], labels[:, places]
-        losses = functional.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        losses = functional.cross_entropy(logits, labels.flatten(), reduction="none")
         return losses.view_as(weights) * weights, weights, labels, outputs
 
     def compute_loss(
@@ -102,7 +101,7 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
         loss = losses.sum() * (self.parts / inputs["total"])  # the parts' losses are averaged
         with torch.no_grad():
             self.tokens_seen += int(inputs["tokens"])
-            learned = weights > 0
+            learned = weights != 0
             right = outputs.logits.argmax(-1) == labels
             groups = {name: labels == mark for name, mark in self.marks.items()} | {"token": learned}
             for name, chosen in groups.items():
@@ -123,20 +122,20 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
                 index = first + self.accelerator.process_index
                 inputs = self._prepare_inputs(self.collator(self.held_out[min(index, len(self.held_out) - 1)]))
                 with self.compute_loss_context_manager():
-                    losses, weights, *_ = self._losses(self.model_wrapped, inputs)
+                    losses, weights = self._losses(self.model_wrapped, inputs)[:2]
                 if index < len(self.held_out):
                     sums += torch.stack([losses.double().sum(), weights.double().sum()])
         self.model.train(training)
         loss, total = self.accelerator.reduce(sums).tolist()
         metrics = {"eval_loss": loss / total}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
 def weight(rows: Sequence[Row]) -> float:
     """The loss weight of all that is learned in some rows."""
-    return sum(w for row in rows for w, before in zip(row.weights, row.predecessors, strict=True) if before is not None)
+    return sum(map(sum, (row.weights for row in rows)))
 
 
 class Journal(TrainerCallback):  # type: ignore[misc]
