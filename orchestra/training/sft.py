@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import SFTConfig
 
 from orchestra.errors import UsageError, one_of
@@ -52,9 +59,12 @@ def build_tokenizer(config: SupervisedConfig) -> Any:
     if config.tokenizer == COUNTDOWN:
         context = config.model.get("max_position_embeddings", 4096) if isinstance(config.model, dict) else 4096
         return words.build(context)
-    if not config.tokenizer and not isinstance(config.model, str):
+    if place := config.tokenizer:
+        local = Path(place).is_dir()
+        return read(lambda: AutoTokenizer.from_pretrained(place, local_files_only=local), place)
+    if not isinstance(config.model, str):
         raise UsageError("an untrained model needs a tokenizer: a folder, an id, or countdown")
-    return load_tokenizer(config.tokenizer or str(config.model))
+    return load_tokenizer(config.model)
 
 
 def build_model(config: SupervisedConfig, tokenizer: Any) -> Any:
@@ -224,6 +234,7 @@ def train(
     evaluates = {"eval_strategy": "steps", "eval_steps": config.evaluate_every or data.steps} if data.held_out else {}
     told = options(config, data.steps, **evaluates)
     if config.lora is not None:
+        torch.manual_seed(config.seed)
         model = lora.adapt(model, config.lora, new)
     journal = journal or Journal(output)
     trainer = WeightedSFTTrainer(

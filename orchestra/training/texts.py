@@ -119,26 +119,32 @@ def untagged(text: str, language: str) -> str:
     return re.sub("|".join(map(re.escape, PROTOCOLS[language].tags)), "", text)
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each line of a JSONL file that is not blank.
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line of a file that is not blank.
 
     Raises:
-        UsageError: the file cannot be read, or a line is no JSON object.
+        UsageError: the file cannot be read.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{path}, line {number} is not JSON: {error}") from error
-                if not isinstance(value, dict):
-                    raise UsageError(f"{path}, line {number} is not a JSON object")
-                yield number, value
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def record_of(line: str) -> Mapping[str, Any]:
+    """The record in a line of JSONL.
+
+    Raises:
+        UsageError: it is no JSON object.
+    """
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError("not a JSON object")
+    return value
 
 
 def read_records(path: str, split: str = "train", revision: str | None = None) -> Sequence[Mapping[str, Any]]:
@@ -149,7 +155,7 @@ def read_records(path: str, split: str = "train", revision: str | None = None) -
     """
     place = Path(path).expanduser()
     if place.suffix in (".jsonl", ".json"):
-        return [value for _, value in read_lines(place)]
+        return [_told(path, number, line) for number, line in read_lines(place)]
     import datasets
 
     try:
@@ -169,6 +175,13 @@ def read_records(path: str, split: str = "train", revision: str | None = None) -
     except Exception as error:
         line = " ".join(str(error).split())
         raise UsageError(f"cannot load the data {path}: {line[:300]}") from error
+
+
+def _told(path: str, number: int, line: str) -> Mapping[str, Any]:
+    try:
+        return record_of(line)
+    except UsageError as error:
+        raise UsageError(f"{path}, line {number}: {error}") from error
 
 
 def _rows(dataset: Any) -> Sequence[Mapping[str, Any]]:
