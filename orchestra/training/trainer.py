@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTConfig, SFTTrainer
 
 from orchestra.training.flatten import Row
+from orchestra.training.pieces import pieces
 
 Collator = Callable[[Sequence[Row]], dict[str, Any]]
 """`GraphCollator`, or what gives the same tensors."""
@@ -79,7 +80,12 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
         own = list(rows[part :: self.parts])
         if not own:  # every process takes part in every step
             own = [replace(rows[0], weights=[0.0] * len(rows[0]))]
-        return {**self.collator(own), "total": torch.tensor(weight(rows)), "tokens": torch.tensor(sum(map(len, own)))}
+        return {**self._collated(own), "total": torch.tensor(weight(rows)), "tokens": torch.tensor(sum(map(len, own)))}
+
+    def _collated(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Tensors of rows; where rows share sequences, so do their parts that do not see each other."""
+        packs = getattr(self.collator, "pack", None) is not None
+        return self.collator([piece for row in rows for piece in pieces(row)] if packs else rows)
 
     def _losses(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Weighted cross-entropies in nats, weights and labels of the places where any row learns, and outputs."""
@@ -120,7 +126,7 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
             for first in range(0, len(self.held_out), processes):
                 # Where batches run out a process repeats one without counting it: sharded models need all processes.
                 index = first + self.accelerator.process_index
-                inputs = self._prepare_inputs(self.collator(self.held_out[min(index, len(self.held_out) - 1)]))
+                inputs = self._prepare_inputs(self._collated(self.held_out[min(index, len(self.held_out) - 1)]))
                 with self.compute_loss_context_manager():
                     losses, weights = self._losses(self.model_wrapped, inputs)[:2]
                 if index < len(self.held_out):
