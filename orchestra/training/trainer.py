@@ -131,10 +131,10 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
                     losses, weights = self._losses(self.model_wrapped, inputs)[:2]
                 if index < len(self.held_out):
                     sums += torch.stack([losses.double().sum(), weights.double().sum()])
-        self.model.train(training)
         loss, total = self.accelerator.reduce(sums).tolist()
         metrics = {"eval_loss": loss / total}
         self.log(metrics)
+        self.model.train(training)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
