@@ -191,7 +191,7 @@ def _search(writer: _Writer, start: Node, asked: str, text: str, branches: Seque
         results, left = lines[: len(spawned)], "\n".join(lines[len(spawned) :])
         if branches:
             if len(waiting) < len(spawned):
-                raise UsageError(f"{len(spawned)} children are asked for, of which {len(waiting)} are told")
+                raise UsageError(f"children that are asked for: {len(spawned)}, but {len(waiting)} are told")
             said, waiting = waiting[: len(spawned)], waiting[len(spawned) :]
             for line, child in zip(spawned, said, strict=True):
                 children.append(writer.begin(apr.child_prompt(line, asked), waits=[node]))
@@ -200,7 +200,7 @@ def _search(writer: _Writer, start: Node, asked: str, text: str, branches: Seque
         node = writer.after(node, children)
         writer.force(node, apr.render_join(None if result.strip() == apr.NONE else result for result in results))
     if waiting:
-        raise UsageError(f"{len(waiting)} children more are told than are asked for")
+        raise UsageError(f"more children are told than are asked for: {len(waiting)}")
     writer.write(node, left)
 
 
@@ -210,7 +210,7 @@ def _organised(
     """An organiser of `async_think` and its workers."""
     tasks = [part for part in document.parts if isinstance(part, Task)]
     if branches and len(branches) != len(tasks):
-        raise UsageError(f"{len(tasks)} tasks are forked, but {len(branches)} workers are told")
+        raise UsageError(f"forked tasks: {len(tasks)}, but workers that are told: {len(branches)}")
     said = ""
     node, told = start, iter(branches)
     working: dict[str, tuple[Node | None, str | None]] = {}
