@@ -167,7 +167,7 @@ def read_records(path: str, split: str = "train", revision: str | None = None) -
             return _rows(datasets.load_from_disk(str(place))[split])
         if place.is_dir():
             return _rows(datasets.load_dataset(str(place), split=split))
-        if place.exists() or path.count("/") != 1:
+        if place.exists() or path.count("/") != 1 or path[0] in "./~":
             raise UsageError("it is no .jsonl or .parquet file, no folder of datasets, and no Hugging Face id")
         if revision is None:
             raise UsageError("a Hugging Face data set needs its revision: a commit, so that the run can be repeated")
