@@ -15,8 +15,8 @@ from orchestra.training.flatten import Row  # noqa: E402
 def rows_of(first: int, count: int, share: float | None = None) -> Rows:
     """Rows whose first token says which they are, and whose second whether they are plain."""
     columns = [Row.sequence([first + i, 0], [0, 1]).columns() for i in range(count)]
-    plain = [{f"plain.{name}": value for name, value in Row.sequence([first + i, 1], [0, 1]).columns().items()}
-             for i in range(count)]  # fmt: skip
+    plain = [Row.sequence([first + i, 1], [0, 1]).columns() for i in range(count)]
+    plain = [{f"plain.{name}": value for name, value in row.items()} for row in plain]
     return Rows(datasets.Dataset.from_list([one | other for one, other in zip(columns, plain, strict=True)]), share)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from orchestra.cli import main
 from orchestra.errors import UsageError
-from orchestra.training.checks import Counts, check, concurrent
+from orchestra.training.checks import Counts, check
 from orchestra.training.texts import example, read_records, untagged
 
 BLOCK = (
@@ -65,8 +65,8 @@ def test_jsonl_parquet_and_folders_of_datasets_are_read_alike(tmp_path: Path) ->
     made.to_parquet(str(tmp_path / "d.parquet"))
     made.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"dev": made}).save_to_disk(str(tmp_path / "several"))
-    for place, split in ((lines, "train"), (tmp_path / "d.parquet", "train"), (tmp_path / "one", "train"),
-                         (tmp_path / "several", "dev")):  # fmt: skip
+    places = {lines: "train", tmp_path / "d.parquet": "train", tmp_path / "one": "train", tmp_path / "several": "dev"}
+    for place, split in places.items():
         assert [example(record) for record in read_records(str(place), split)] == [example(r) for r in records]
 
 
@@ -105,8 +105,8 @@ def test_findings_have_row_line_and_column() -> None:
 
 def test_counts_are_those_of_the_texts() -> None:
     joined = "a <FORK-1>b</FORK-1> c d <JOIN-1><RETURN-1>e</RETURN-1> f"
-    records = [GOOD, {"prompt": "Q", "completion": "one two", "language": "plain"},
-               {"prompt": "Q", "completion": joined, "language": "async_think", "workers": ["x y z <RETURN>e</RETURN>"]}]  # fmt: skip
+    asked = {"prompt": "Q", "completion": joined, "language": "async_think", "workers": ["x y <RETURN>e</RETURN>"]}
+    records = [GOOD, {"prompt": "Q", "completion": "one two", "language": "plain"}, asked]
     counts = Counts()
     assert list(check(enumerate(records, 1), counts, language="multiverse")) == []
     assert (counts.rows, counts.parallel, counts.blocks, counts.threads) == (3, 2, 2, 3)

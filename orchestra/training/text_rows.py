@@ -29,7 +29,7 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, config: SupervisedConfig) -> None:
-        self._prompts = Prompts(tokenizer, config.longest)
+        self._prompts = Prompts(tokenizer, 1 << 40)  # what is too long is left out later
         self._eos = tokenizer.eos_token_id
         if self._eos is None:
             raise UsageError("this tokenizer has no end token: a model could never learn to stop")
@@ -96,6 +96,7 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
         UsageError: it cannot be read, a record of it is malformed, or none is short enough.
     """
     from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
 
     records = read_records(source.path, source.split, source.revision)
     if len(records) and "input_ids" in records[0]:
@@ -108,22 +109,34 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
     else:
         renderer = Renderer(tokenizer, config)
         made = {"records": records, "language": source.language or config.language, "renderer": renderer}
-        told = asdict(config) | asdict(source) | {"data": list(records), "words": tokenizer.get_vocab()}
-        fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        rows = Dataset.from_generator(
-            _made,
-            cache_dir=str(cache),
-            gen_kwargs=made | {"path": source.path, "longest": config.longest},
-            fingerprint=fingerprint,
-        )
+        key = asdict(config) | asdict(source) | {"data": list(records), "words": tokenizer.get_vocab()}
+        fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        told = made | {"path": source.path, "longest": config.longest}
+        try:
+            rows = Dataset.from_generator(
+                _made, cache_dir=str(cache), gen_kwargs=told, features=_features(), fingerprint=fingerprint
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
     if not len(rows):
-        raise UsageError(f"{source.path} has no rows of at most {config.longest} tokens (longest)")
+        raise _empty(source.path, config.longest)
     return Rows(rows, source.share)
+
+
+def _features() -> Any:
+    """Types of the columns of both renderings; integers of 32 bits, since rows are long."""
+    from datasets import Features, Sequence, Value
+
+    whole, kinds = Value("int32"), {"echoes": Value("bool"), "loss_weights": Value("float32")}
+    columns = {name: Sequence(kinds.get(name, whole)) for name in Row().columns()}
+    columns["views"] = Sequence(Sequence(whole))
+    return Features(columns | {f"{PLAIN}.{name}": kind for name, kind in columns.items()})
 
 
 def _made(
     records: Sequence[Mapping[str, Any]], language: str, renderer: Renderer, path: str, longest: int
 ) -> Iterator[dict[str, Any]]:
+    none = True
     for number, record in enumerate(records, 1):
         try:
             read = example(record, language)
@@ -131,5 +144,12 @@ def _made(
         except OrchestraError as error:
             raise UsageError(f"{path}, row {number}: {error}; orchestra data check tells all") from error
         if max(map(len, renderings)) <= longest:
+            none = False
             row, plain = (rendering.columns() for rendering in renderings)
             yield row | {f"{PLAIN}.{name}": column for name, column in plain.items()}
+    if none:
+        raise _empty(path, longest)
+
+
+def _empty(path: str, longest: int) -> UsageError:
+    return UsageError(f"{path} has no rows of at most {longest} tokens (longest)")

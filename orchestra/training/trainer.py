@@ -80,7 +80,11 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
         own = list(rows[part :: self.parts])
         if not own:  # every process takes part in every step
             own = [replace(rows[0], weights=[0.0] * len(rows[0]))]
-        return {**self._collated(own), "total": torch.tensor(weight(rows)), "tokens": torch.tensor(sum(map(len, own)))}
+        return {
+            **self._collated(own),
+            "total": torch.tensor(weight(rows), dtype=torch.float64),
+            "tokens": torch.tensor(sum(map(len, own))),
+        }
 
     def _collated(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Tensors of rows; where rows share sequences, so do their parts that do not see each other."""
