@@ -162,16 +162,21 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         "learning_rate": 5e-3,
     }
     (folder / "c.yaml").write_text(yaml.safe_dump(told | {"parallel": [0, 1]}))
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
-    for name, start in (("one", []), ("two", launch)):
-        words = [*start, "orchestra", "train", "sft", str(folder / "c.yaml"), f"output={folder / name}"]
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    sharded = "trainer={fsdp: true, fsdp_config: {cpu_ram_efficient_loading: true}}"
+    runs = {"one": ([], []), "two": (launch, []), "sharded": (launch, [sharded])}
+    for name, (start, changes) in runs.items():
+        words = [*start, "orchestra", "train", "sft", str(folder / "c.yaml"), f"output={folder / name}", *changes]
         done = subprocess.run(
             [sys.executable, "-m", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), abs=2e-5)
-    evaluated = [[line["eval_loss"] for line in log(folder / run) if "eval_loss" in line] for run in ("one", "two")]
-    assert evaluated[1] == pytest.approx(evaluated[0], abs=2e-5)
-    first, second = (load_file(folder / name / "final" / "model.safetensors") for name in ("one", "two"))
-    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+        assert losses(folder / name) == pytest.approx(losses(folder / "one"), abs=2e-5)
+        evaluated = [[line["eval_loss"] for line in log(folder / run) if "eval_loss" in line] for run in ("one", name)]
+        assert len(evaluated[0]) == 2
+        assert evaluated[1] == pytest.approx(evaluated[0], abs=2e-5)
+        first, second = (load_file(folder / run / "final" / "model.safetensors") for run in ("one", name))
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
+        tokens = [log(folder / run)[-1]["tokens"] for run in ("one", name)]
+        assert tokens[1] < tokens[0] if start else tokens[1] == tokens[0]  # a part of each batch

@@ -27,7 +27,7 @@ from trl import SFTConfig
 from orchestra.errors import UsageError, one_of
 from orchestra.protocols import PROTOCOLS
 from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
-from orchestra.training import lora
+from orchestra.training import lora, text_tokenizer
 from orchestra.training import tokenizer as words
 from orchestra.training.arguments import arguments, start
 from orchestra.training.batches import RowBatches, Schedule, hold_out
@@ -43,7 +43,6 @@ from orchestra.training.vocabulary import add_tags, default_tags, tags_of
 __all__ = ["SupervisedConfig", "build_model", "build_tokenizer", "load_config", "load_data", "train", "train_sft"]
 
 MARKS = {"hit": HIT, "miss": MISS}
-COUNTDOWN = "countdown"
 
 
 class Data(NamedTuple):
@@ -56,14 +55,16 @@ class Data(NamedTuple):
 
 def build_tokenizer(config: SupervisedConfig) -> Any:
     """The tokenizer of a run, before tags are added."""
-    if config.tokenizer == COUNTDOWN:
-        context = config.model.get("max_position_embeddings", 4096) if isinstance(config.model, dict) else 4096
+    context = config.model.get("max_position_embeddings", 4096) if isinstance(config.model, dict) else 4096
+    if config.tokenizer == "countdown":
         return words.build(context)
+    if config.tokenizer == "text":
+        return text_tokenizer.build(context, words=(), tags=())
     if place := config.tokenizer:
         local = Path(place).is_dir()
         return read(lambda: AutoTokenizer.from_pretrained(place, local_files_only=local), place)
     if not isinstance(config.model, str):
-        raise UsageError("an untrained model needs a tokenizer: a folder, an id, or countdown")
+        raise UsageError("an untrained model needs a tokenizer: a folder, an id, countdown or text")
     return load_tokenizer(config.model)
 
 
@@ -187,6 +188,7 @@ def options(config: SupervisedConfig, steps: int, **more: Any) -> SFTConfig:
             "bf16": config.bf16,
             "gradient_checkpointing": config.gradient_checkpointing,
             "report_to": config.report_to,
+            "ddp_find_unused_parameters": False,
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "dataloader_num_workers": 0,
             **more,
@@ -248,10 +250,13 @@ def train(
         callbacks=[journal],
     )
     journal.trainer = trainer
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and config.lora is not None and config.export == "merged":
+        raise UsageError("export: merged needs the whole model in one place; export the adapter of a sharded run")
     trainer.train(resume_from_checkpoint=resume)
     final = output / "final"
     trainer.model.config.use_cache = True  # Trainer switches it off
-    if config.lora is None:
+    if config.lora is None or sharded:
         trainer.save_model(str(final))
     elif state.is_main_process:
         lora.save(trainer.accelerator.unwrap_model(trainer.model), final, merged=config.export == "merged")

@@ -67,7 +67,8 @@ class SupervisedConfig:
         revision: Commit of a Hugging Face model.
         dtype: Of the weights; see `bf16`.
         attention: Implementation of transformers: `sdpa`, `eager` or `flex_attention`.
-        tokenizer: Folder or id, if not the model's; `countdown` for the words of the embedded model.
+        tokenizer: Folder or id, if not the model's; of an untrained model also `countdown`, the words of the embedded
+            model, or `text`, a token a character.
         tags: Tokens to add: tags, or names of languages for all of theirs; default: those of `language` if it is one of
             parallel blocks.
         pad_vocabulary: The vocabulary is filled up to a multiple of this; 0: it is not.

@@ -102,10 +102,7 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
     if len(records) and "input_ids" in records[0]:
         if config.parallel != (1.0, 1.0):
             raise UsageError(f"{source.path} holds rows, not texts: they have no plain rendering (parallel: [1, 1])")
-        columns: Any = records
-        lengths = (len(row["input_ids"]) for row in columns.select_columns("input_ids"))
-        short = [index for index, length in enumerate(lengths) if length <= config.longest]
-        rows = columns.select(short)
+        rows = _rows_that_fit(records, source, len(tokenizer), config.longest)
     else:
         renderer = Renderer(tokenizer, config)
         made = {"records": records, "language": source.language or config.language, "renderer": renderer}
@@ -121,6 +118,17 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
     if not len(rows):
         raise _empty(source.path, config.longest)
     return Rows(rows, source.share)
+
+
+def _rows_that_fit(columns: Any, source: Source, vocabulary: int, longest: int) -> Any:
+    short = []
+    for index, row in enumerate(columns.select_columns("input_ids")):
+        ids = row["input_ids"]
+        if max(ids, default=0) >= vocabulary:
+            raise UsageError(f"{source.path}, row {index} has token {max(ids)}: it is in another model's tokens")
+        if len(ids) <= longest:
+            short.append(index)
+    return columns.select(short)
 
 
 def _features() -> Any:

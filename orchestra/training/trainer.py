@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +22,9 @@ from torch.nn import functional
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from orchestra.training.collate import GraphCollator
 from orchestra.training.flatten import Row
 from orchestra.training.pieces import pieces
-
-Collator = Callable[[Sequence[Row]], dict[str, Any]]
-"""`GraphCollator`, or what gives the same tensors."""
 
 
 class Batches(Protocol):
@@ -51,7 +50,7 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
         self,
         *,
         batches: Batches,
-        collator: Collator,
+        collator: GraphCollator,
         args: SFTConfig,
         held_out: Sequence[Sequence[Row]] = (),
         marks: Mapping[str, int] | None = None,
@@ -88,8 +87,12 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
 
     def _collated(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Tensors of rows; where rows share sequences, so do their parts that do not see each other."""
-        packs = getattr(self.collator, "pack", None) is not None
-        return self.collator([piece for row in rows for piece in pieces(row)] if packs else rows)
+        if self.collator.pack is None:
+            return self.collator(rows)
+        parts = [piece for row in rows for piece in pieces(row)]
+        packing = copy(self.collator)
+        packing.pack = max(self.collator.pack, *map(len, parts))  # what is longer has a sequence of its own
+        return packing(parts)
 
     def _losses(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Weighted cross-entropies in nats, weights and labels of the places where any row learns, and outputs."""
