@@ -3,8 +3,8 @@
     python benchmarks/collation.py [--rounds 8]
 
 Rows are those of `spawn_join` on Countdown (a parent and its children), read from a data set on disk. Two models: the
-one on board, of under a million parameters, whose steps are as short as steps can be, and a Llama of 30 million. Batches
-are made as the trainer makes them; then forward, backward and an AdamW step. Writes `results/collation.json` and `.md`.
+one on board, of under a million parameters, whose steps are as short as steps can be, and a Llama of 30 million.
+Batches are made as the trainer makes them; forward, backward and an AdamW step follow. Writes results/collation.json.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
+from conftest import tiny_model  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 from training_texts import RECORDS, config_of, folder_of, log, losses  # noqa: E402
 
@@ -53,10 +54,10 @@ def made(texts: Path) -> tuple[Any, Any, list[Row]]:
     return model.double(), tokenizer, [renderer.parallel(example(record)) for record in RECORDS]
 
 
-def brute_force(model: Any, row: Row) -> tuple[Any, float]:
+def brute_force(model: Any, row: Row, window: int = 10**6) -> tuple[Any, float]:
     """The weighted sum of losses of one row, and the weights: one forward with the mask as it is defined."""
-    size = len(row)
-    seen = torch.tensor([[row.sees(i, j) for j in range(size)] for i in range(size)])
+    size, at = len(row), row.positions
+    seen = torch.tensor([[row.sees(i, j) and at[i] - at[j] < window for j in range(size)] for i in range(size)])
     logits = model(
         input_ids=torch.tensor([row.tokens]),
         position_ids=torch.tensor([row.positions]),
@@ -107,6 +108,19 @@ def test_the_loss_and_its_gradient_are_those_of_one_row_after_another(
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-10)
     for one, other in zip(gradients(model), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_windows_of_the_model_are_kept(texts: Path, made: tuple[Any, Any, list[Row]]) -> None:
+    _, tokenizer, rows = made
+    model = tiny_model("mistral", vocabulary=320, sliding_window=9).double()
+    with torch.no_grad():
+        sums = [brute_force(model, row, 9) for row in rows]
+        without = [brute_force(model, row) for row in rows]
+    expected, other = (float(sum(t for t, _ in found)) / sum(w for _, w in found) for found in (sums, without))
+    assert abs(expected - other) > 1e-4
+    for pack in (None, 400):
+        loss = trained(texts, model, tokenizer, rows, 2, pack=pack)
+        assert float(loss) == pytest.approx(expected, rel=1e-10)
 
 
 def test_tokens_have_the_weights_that_the_run_gives_them(made: tuple[Any, Any, list[Row]]) -> None:
@@ -181,7 +195,8 @@ def test_the_evaluation_loss_is_that_of_the_held_out_rows(texts: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     rows = [row for batch in sft.load_data(config, tokenizer).held_out for row in batch]
     assert len(rows) == 3
-    sums = [brute_force(model.double(), row) for row in rows]
+    with torch.no_grad():
+        sums = [brute_force(model.double(), row) for row in rows]
     expected = float(sum(total for total, _ in sums)) / sum(weight for _, weight in sums)
     (logged,) = (line["eval_loss"] for line in log(texts / "held") if "eval_loss" in line)
     assert logged == pytest.approx(expected, abs=2e-5)

@@ -29,9 +29,11 @@ def sft(
     from orchestra.training.sft_config import SupervisedConfig
 
     loaded = _load(SupervisedConfig, config, overrides, resume)
+    from accelerate import PartialState
+
     from orchestra.training.sft import train_sft
 
-    print(train_sft(loaded, resume=resume))
+    PartialState().print(train_sft(loaded, resume=resume))  # once, of however many processes
 
 
 @app.command()

@@ -65,7 +65,10 @@ def build_tokenizer(config: SupervisedConfig) -> Any:
         return read(lambda: AutoTokenizer.from_pretrained(place, local_files_only=local), place)
     if not isinstance(config.model, str):
         raise UsageError("an untrained model needs a tokenizer: a folder, an id, countdown or text")
-    return load_tokenizer(config.model)
+    if config.revision is None:
+        return load_tokenizer(config.model)
+    model, revision = config.model, config.revision
+    return read(lambda: AutoTokenizer.from_pretrained(model, revision=revision), model)
 
 
 def build_model(config: SupervisedConfig, tokenizer: Any) -> Any:
