@@ -22,6 +22,7 @@ from orchestra.training import sft  # noqa: E402
 from orchestra.training.collate import GraphCollator  # noqa: E402
 from orchestra.training.flatten import Row  # noqa: E402
 from orchestra.training.pieces import pieces  # noqa: E402
+from orchestra.training.sft_config import Source  # noqa: E402
 from orchestra.training.text_rows import Renderer, units  # noqa: E402
 from orchestra.training.texts import example  # noqa: E402
 from orchestra.training.trainer import WeightedSFTTrainer  # noqa: E402
@@ -233,3 +234,17 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(texts: Path, changes
         changes = {"data": str(bad / "data.jsonl")}
     with pytest.raises(UsageError, match=message):
         sft.train_sft(config_of(texts, "refused", **changes))
+
+
+def test_a_data_set_with_rows_and_texts_is_taken_by_either(texts: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    row = Row.sequence([5, 6, 7], [0, 1, 1]).columns()
+    datasets.Dataset.from_list([RECORDS[4] | row] * 4).save_to_disk(str(texts / "both"))
+    for made, length in ((False, 3), (True, len("No? Not now.") + 2)):
+        source = Source(str(texts / "both"), texts=made)
+        config = config_of(texts, f"both{made}", data=[source])
+        data = sft.load_data(config, sft.build_tokenizer(config))
+        assert {len(row) for row in data.batches.batch(0)} == {length}
+    datasets.Dataset.from_list([Row.sequence([5, 9999], [0, 1]).columns()]).save_to_disk(str(texts / "other"))
+    with pytest.raises(UsageError, match="row 0 has token 9999: it is in another model's tokens"):
+        sft.train_sft(config_of(texts, "refused", data=str(texts / "other")))

@@ -23,6 +23,8 @@ class Source:
         split: Of a data set with several.
         revision: Commit of a Hugging Face data set.
         language: Of the texts that do not say themselves; default: that of the run.
+        texts: Of a data set with texts and rows: whether rows are made anew of its texts. Ready ones are in the tokens
+            of the model that they were made for.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -32,6 +34,7 @@ class Source:
     split: str = "train"
     revision: str | None = None
     language: str | None = None
+    texts: bool = False
 
 
 @dataclass(frozen=True)

@@ -99,14 +99,15 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
     from datasets.exceptions import DatasetGenerationError
 
     records = read_records(source.path, source.split, source.revision)
-    if len(records) and "input_ids" in records[0]:
+    if len(records) and "input_ids" in records[0] and not source.texts:
         if config.parallel != (1.0, 1.0):
-            raise UsageError(f"{source.path} holds rows, not texts: they have no plain rendering (parallel: [1, 1])")
+            raise UsageError(f"{source.path} holds rows, which have no plain rendering (texts: true takes its texts)")
         rows = _rows_that_fit(records, source, len(tokenizer), config.longest)
     else:
         renderer = Renderer(tokenizer, config)
         made = {"records": records, "language": source.language or config.language, "renderer": renderer}
-        key = asdict(config) | asdict(source) | {"data": list(records), "words": tokenizer.get_vocab()}
+        settings = (config.language, config.layout, config.suffixes, config.weights, config.longest)
+        key = [asdict(source), settings, list(records), tokenizer.get_vocab()]
         fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
         told = made | {"path": source.path, "longest": config.longest}
         try:
@@ -125,7 +126,8 @@ def _rows_that_fit(columns: Any, source: Source, vocabulary: int, longest: int) 
     for index, row in enumerate(columns.select_columns("input_ids")):
         ids = row["input_ids"]
         if max(ids, default=0) >= vocabulary:
-            raise UsageError(f"{source.path}, row {index} has token {max(ids)}: it is in another model's tokens")
+            theirs = f"{source.path}, row {index} has token {max(ids)}"
+            raise UsageError(f"{theirs}: it is in another model's tokens (texts: true takes its texts)")
         if len(ids) <= longest:
             short.append(index)
     return columns.select(short)
