@@ -22,7 +22,7 @@ from orchestra.training import sft  # noqa: E402
 from orchestra.training.collate import GraphCollator  # noqa: E402
 from orchestra.training.flatten import Row  # noqa: E402
 from orchestra.training.pieces import pieces  # noqa: E402
-from orchestra.training.sft_config import Source  # noqa: E402
+from orchestra.training.sft_config import Lora, Source  # noqa: E402
 from orchestra.training.text_rows import Renderer, units  # noqa: E402
 from orchestra.training.texts import example  # noqa: E402
 from orchestra.training.trainer import WeightedSFTTrainer  # noqa: E402
@@ -172,6 +172,21 @@ def test_the_trie_layout_learns_every_request_and_the_whole_text(texts: Path, ma
     assert float(loss) == pytest.approx(total / weight, rel=1e-10)
 
 
+def test_paths_come_back_as_the_run_says(texts: Path, made: tuple[Any, Any, list[Row]]) -> None:
+    _, tokenizer, rows = made
+    reuse, recompute, tree = (
+        Renderer(tokenizer, config_of(texts, **how)).parallel(example(RECORDS[0]))
+        for how in ({}, {"join": "recompute"}, {"join": "recompute", "layout": "trie"})
+    )
+    assert reuse.tokens == rows[0].tokens
+    again = "<Path>\n1: it goes up</Path><Path>\n2: down it falls far</Path>"
+    assert tokenizer.decode(recompute.tokens).count("goes up</Path>") == 2
+    assert again in tokenizer.decode(recompute.tokens)
+    assert len(tree) < len(recompute)
+    with pytest.raises(UsageError, match="joins 2 branches by reuse"):
+        Renderer(tokenizer, config_of(texts, layout="trie")).parallel(example(RECORDS[0]))
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(texts: Path) -> None:
     from safetensors.torch import load_file
 
@@ -226,6 +241,7 @@ def test_epochs_and_shares_of_warm_up_become_steps(texts: Path) -> None:
         ({"longest": 8}, "has no rows of at most 8 tokens"),
         ({"weights": {"nowhere": 2.0}}, "weights: not all of nowhere are tokens"),
         ({"trainer": {"adam": 1}}, "trainer: "),
+        ({"lora": Lora()}, "an adapter belongs to a model"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_it_starts(texts: Path, changes: dict[str, Any], message: str) -> None:

@@ -128,21 +128,15 @@ def test_a_resumed_adapter_is_that_of_the_uninterrupted_run(adapters: dict[str, 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_nested_overrides_reach_the_run(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path)
-    told = {
-        "model": MODEL,
-        "tokenizer": str(folder / "words"),
-        "data": str(folder / "data.jsonl"),
-        "steps": 1,
-        "batch": 2,
-    }
-    (folder / "c.yaml").write_text(yaml.safe_dump(told | {"lora": {"r": 8}, "tags": ["multiverse"]}))
-    words = ["train", "sft", str(folder / "c.yaml"), f"output={folder / 'run'}", "lora.alpha=3", "model.hidden_size=16"]
+def test_nested_overrides_reach_the_run(adapters: dict[str, Path], tmp_path: Path) -> None:
+    data = str(adapters["base"].parent / "data.jsonl")
+    told = {"model": str(adapters["base"]), "data": data, "steps": 1, "batch": 2, "lora": {"r": 8}, "tags": ["<Goal>"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(told))
+    words = ["train", "sft", str(tmp_path / "c.yaml"), f"output={tmp_path / 'run'}", "lora.alpha=3", "weights.a=2e0"]
     assert main(words) == 0
-    written = json.loads((folder / "run" / "final" / "adapter_config.json").read_text())
+    written = json.loads((tmp_path / "run" / "final" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"]) == (8, 3)
-    assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["model"]["hidden_size"] == 16
+    assert sft.load_config(tmp_path / "run" / "config.yaml").weights == {"a": 2.0}
     assert main([*words, "lora.rank=3"]) == 2
     assert main([*words, "batch.size=3"]) == 2
 

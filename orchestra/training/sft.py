@@ -120,7 +120,8 @@ def options(config: SupervisedConfig, steps: int, **more: Any) -> SFTConfig:
     """What a run says to TRL.
 
     Raises:
-        UsageError: several GPUs in one process: a batch would be torn apart.
+        UsageError: arguments that do not exist or do not go together; several GPUs in one process, where a batch would
+            be torn apart.
     """
     if config.warmup_share:
         config = replace(config, warmup_steps=math.ceil(config.warmup_share * steps))
@@ -146,6 +147,8 @@ def options(config: SupervisedConfig, steps: int, **more: Any) -> SFTConfig:
         made = SFTConfig(**told | config.trainer)
     except (TypeError, ValueError) as error:
         raise UsageError(f"trainer: {error}") from error
+    if made.use_cpu and config.attention == "flex_attention":
+        raise UsageError("attention: flex_attention learns on a GPU only; sdpa takes the same rows (attention=sdpa)")
     if made.n_gpu > 1:
         raise UsageError(
             f"{made.n_gpu} GPUs: start with `accelerate launch -m orchestra train sft ...`, or show it one"
@@ -230,6 +233,8 @@ def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
     Raises:
         UsageError: model, data or numbers do not go together.
     """
+    if config.lora is not None and config.export == "adapter" and not isinstance(config.model, str):
+        raise UsageError("an adapter belongs to a model: a folder or an id (or export: merged)")
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer)
     tags = tags_of(config.tags) if config.tags is not None else default_tags(config.language)

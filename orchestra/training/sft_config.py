@@ -81,6 +81,8 @@ class SupervisedConfig:
         language: Of texts that do not say themselves: a language of `orchestra.protocols`, or `plain`.
         layout: How texts become rows: the thread `graph` with what the orchestrator forces unlearned, or the `trie` of
             contexts and completions with the whole text as one of them (ThreadWeaver, arXiv 2512.07843).
+        join: How paths of texts come back, as in the strategies: `reuse`, `recompute` (what servers without reuse joins
+            compute), or `auto`: as the language was published.
         parallel: Share of the rows in their parallel rendering at the first and at the last step, linear in between;
             the others are plain text, without tags (Multiverse, arXiv 2506.09991, goes from 0 to 1).
         suffixes: Appended to the last user message (or prompt) of a row that is rendered `parallel` or `plain`.
@@ -131,6 +133,7 @@ class SupervisedConfig:
     mixture: dict[str, Any] | None = None
     language: str = "plain"
     layout: Literal["graph", "trie"] = "graph"
+    join: Literal["auto", "reuse", "recompute"] = "auto"
     parallel: tuple[float, float] = (1.0, 1.0)
     suffixes: dict[Literal["parallel", "plain"], str] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)

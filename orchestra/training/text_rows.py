@@ -41,7 +41,13 @@ class Renderer:
     def graph(self, example: Example) -> ThreadGraph:
         """The thread graph of an example: what a strategy would have made of a model that says the same."""
         return graph_of(
-            example.prompt, example.text, example.language, self._prompts, self._eos, branches=example.helpers
+            example.prompt,
+            example.text,
+            example.language,
+            self._prompts,
+            self._eos,
+            branches=example.helpers,
+            join=self._config.join,
         )
 
     def parallel(self, example: Example) -> Row:
@@ -106,7 +112,7 @@ def load_rows(source: Source, tokenizer: Any, config: SupervisedConfig, cache: P
     else:
         renderer = Renderer(tokenizer, config)
         made = {"records": records, "language": source.language or config.language, "renderer": renderer}
-        settings = (config.language, config.layout, config.suffixes, config.weights, config.longest)
+        settings = (config.language, config.layout, config.join, config.suffixes, config.weights, config.longest)
         key = [asdict(source), settings, list(records), tokenizer.get_vocab()]
         fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
         told = made | {"path": source.path, "longest": config.longest}
@@ -130,7 +136,7 @@ def _rows_that_fit(columns: Any, source: Source, vocabulary: int, longest: int) 
             raise UsageError(f"{theirs}: it is in another model's tokens (texts: true takes its texts)")
         if len(ids) <= longest:
             short.append(index)
-    return columns.select(short)
+    return columns.select(short).select_columns([name for name in Row().columns() if name in columns.column_names])
 
 
 def _features() -> Any:
