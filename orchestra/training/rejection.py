@@ -190,9 +190,11 @@ def make_from_run(
         command: what the card says made it.
 
     Raises:
-        UsageError: see `from_run`.
+        UsageError: see `from_run`; or `out` is there already.
     """
     folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise UsageError(f"{out} is there already")
     found = demonstrations(folder, per_item=per_item, order=order, longest=longest)
     _dataset(found, folder).save_to_disk(str(out))
     (out / "README.md").write_text(_card(found, read_manifest(folder), per_item, order, command), encoding="utf-8")
