@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 import yaml  # noqa: E402
-from conftest import byte_tokenizer, tiny_model  # noqa: E402
+from conftest import byte_tokenizer, started, tiny_model  # noqa: E402
 from training_texts import MAPPED, MODEL, RECORDS, config_of, folder_of, log, losses  # noqa: E402
 
 import orchestra  # noqa: E402
@@ -43,6 +43,21 @@ def test_a_demonstration_is_served_token_by_token_as_it_was_shown(tmp_path: Path
     assert outcome.usage.critical_path_tokens < outcome.usage.sampled_tokens
     # Paths are as wide as they were shown to be, and a prompt that was shown without tags gets none.
     assert orchestra.run("map_reduce", "No? ", engine=f"local:{final}", temperature=0).text == "Not now."
+
+
+@pytest.mark.slow
+def test_sglang_serves_what_is_joined_as_text(tmp_path: Path) -> None:
+    from orchestra.runtime.sglang_server import SGLangServer
+
+    folder = folder_of(tmp_path, [RECORDS[0], RECORDS[2]])
+    model = MODEL | {"hidden_size": 64, "head_dim": 16}
+    final = sft.train_sft(
+        config_of(folder, model=model, steps=200, batch=2, save_every=200, join="recompute", layout="trie")
+    )
+    with started(SGLangServer, final, tmp_path / "server.log") as server:
+        for spec, record in (("map_reduce(join='recompute')", RECORDS[0]), ("threads", RECORDS[2])):
+            outcome = orchestra.run(spec, record["prompt"], engine=f"sglang://127.0.0.1:{server.port}", temperature=0)
+            assert outcome.text == record["completion"]
 
 
 def seen(graph: ThreadGraph) -> list[Any]:
