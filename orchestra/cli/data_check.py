@@ -36,12 +36,10 @@ def command(
         raise UsageError(one_of("language", language, [*PROTOCOLS, "plain"]))
     told: dict[str, Any] = {"language": language, "longest": max_tokens}
     if model is not None:
-        from transformers import AutoTokenizer
-
         from orchestra.runtime.local.prompts import Prompts
-        from orchestra.runtime.local.sources import read
+        from orchestra.runtime.local.sources import tokenizer_at
 
-        tokenizer = read(lambda: AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir()), model)
+        tokenizer = tokenizer_at(model)
         told |= {"encoder": Prompts(tokenizer, 1 << 40), "eos": tokenizer.eos_token_id or 0}
     counts, wrong, rows = Counts(), 0, set()
     for finding in check(_records(file, split, revision), counts, **told):

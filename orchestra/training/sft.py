@@ -17,7 +17,6 @@ from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -25,7 +24,7 @@ from transformers import (
 from trl import SFTConfig
 
 from orchestra.errors import UsageError
-from orchestra.runtime.local.sources import load_tokenizer, local_folder, read
+from orchestra.runtime.local.sources import load_tokenizer, local_folder, read, tokenizer_at
 from orchestra.training import lora, text_tokenizer
 from orchestra.training import tokenizer as words
 from orchestra.training.arguments import arguments, start
@@ -57,9 +56,8 @@ def build_tokenizer(config: SupervisedConfig) -> Any:
         return words.build(context)
     if config.tokenizer == "text":
         return text_tokenizer.build(context, words=(), tags=())
-    if place := config.tokenizer:
-        local = Path(place).is_dir()
-        return read(lambda: AutoTokenizer.from_pretrained(place, local_files_only=local), place)
+    if config.tokenizer:
+        return tokenizer_at(config.tokenizer)
     if not isinstance(config.model, str):
         raise UsageError("an untrained model needs a tokenizer: a folder, an id, countdown or text")
     if config.revision is None:
