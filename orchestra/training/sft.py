@@ -17,6 +17,7 @@ from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     TrainerControl,
     TrainerState,
     TrainingArguments,
