@@ -1,14 +1,14 @@
 """What reinforcement learning brings on held-out Countdown: accuracy over SFT, and a shorter critical path.
 
     python benchmarks/countdown_rl.py gain --before MODEL --after MODEL          # after `orchestra train grpo`
-    python benchmarks/countdown_rl.py acceleration [--steps 16]                  # makes its models itself
+    python benchmarks/countdown_rl.py acceleration [--limit 500]                  # makes its models itself
 
 `gain` evaluates two models by `spawn_join` on the `hard` level, test split, greedily and at temperature 1, and compares
 them problem by problem: McNemar's exact test, and the 95 % interval of the paired difference.
 
-`acceleration` first teaches the embedded model to spawn children or to search alone, half of the time each, after the
-same header (`adaptive_sft.py`). From there, two runs of the same number of steps, on the same prompts with the same
-seeds: one is rewarded for correct answers, the other for correct answers and ThreadWeaver's acceleration.
+`acceleration` first teaches the embedded model to spawn its children at once or one by one, half of the time each,
+after the same header (`adaptive_sft.py`). From there, two runs of the same number of steps, on the same prompts with the
+same seeds: one is rewarded for correct answers, the other for correct answers and ThreadWeaver's acceleration.
 
 Evaluations and trainings that were killed go on where they stopped. Writes `benchmarks/results/countdown_rl_*.md`.
 """
@@ -20,6 +20,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,12 @@ def row(label: str, folder: Path, temperature: float, first: Path | None) -> dic
     return found
 
 
-def compare(title: str, models: dict[str, str], limit: int, runs: Path, file: str, notes: str = "") -> None:
-    """Evaluate models at both temperatures and write the table; the first is what others are compared with."""
+def compare(
+    title: str, models: dict[str, str], limit: int, runs: Path, file: str, notes: str, temperatures: Sequence[float]
+) -> None:
+    """Evaluate models at these temperatures and write the table; the first is what others are compared with."""
     report = Report(title, COLUMNS, machine(), f"{NOTES} {notes}".strip())
-    for temperature in (1.0, 0.0):
+    for temperature in temperatures:
         first: Path | None = None
         for label, model in models.items():
             folder = evaluated(model, temperature, limit, runs)
@@ -123,7 +126,7 @@ def trained(model: Path, output: Path, steps: int, *overrides: str) -> Path:
     """The final model of a run, which goes on if it is there."""
     if (output / "final").is_dir():
         return output / "final"
-    words = [f"model={model}", f"output={output}", f"steps={steps}", "save_every=4", *overrides]
+    words = [f"model={model}", f"output={output}", f"steps={steps}", "save_every=2", *overrides]
     command = [sys.executable, "-m", "orchestra", "train", "grpo", str(ROOT / "configs/countdown-apr-grpo.yaml")]
     resume = ["--resume"] if list(output.glob("checkpoint-*/trainer_state.json")) else []
     subprocess.run([*command, *words, *resume], check=True)
@@ -135,12 +138,13 @@ def acceleration(steps: int, limit: int, runs: Path) -> None:
     start = runs / "adaptive"
     if not (start / "config.json").is_file():
         subprocess.run([sys.executable, str(ROOT / "benchmarks/adaptive_sft.py"), str(start)], check=True)
-    plain = trained(start, runs / "correctness", steps, "prompts=6")
-    bonus = "rewards=[correctness, {reward: acceleration, rho: 0.5, clip: 0.2}]"
-    fast = trained(start, runs / "acceleration", steps, "prompts=6", bonus)
+    same = ("prompts=8", "items=2000", "learning_rate=3e-4", "epochs=1")
+    bonus = "rewards=[correctness, {reward: acceleration, rho: 0.5, clip: 0.2, weight: 3.0}]"
+    plain = trained(start, runs / "correctness", steps, *same)
+    fast = trained(start, runs / "acceleration", steps, *same, bonus)
     models = {"RL, correctness": str(plain), "RL, correctness + acceleration": str(fast), "before RL": str(start)}
-    notes = f"Both runs took {steps} optimiser steps on the same prompts, two from each generation of 48 rollouts."
-    compare("The acceleration reward", models, limit, runs, "countdown_rl_acceleration.json", notes)
+    notes = f"Both runs took {steps} optimiser steps of 64 rollouts on the same prompts; the bonus has weight 3."
+    compare("The acceleration reward", models, limit, runs, "countdown_rl_acceleration.json", notes, [1.0])
 
 
 if __name__ == "__main__":
@@ -149,13 +153,13 @@ if __name__ == "__main__":
     parser.add_argument("--before", default="runs/countdown-sft/final")
     parser.add_argument("--after", default="runs/countdown-apr-grpo/final")
     parser.add_argument("--limit", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "countdown_rl")
     parser.add_argument("--notes", default="")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     if options.what == "gain":
         pair = {"SFT": options.before, "SFT and RL": options.after}
-        compare("RL over SFT", pair, options.limit, options.runs, "countdown_rl_gain.json", options.notes)
+        compare("RL over SFT", pair, options.limit, options.runs, "countdown_rl_gain.json", options.notes, [1.0, 0.0])
     else:
         acceleration(options.steps, options.limit, options.runs)

@@ -11,10 +11,11 @@ from orchestra.errors import UsageError
 from orchestra.extras import require
 
 if TYPE_CHECKING:
-    from orchestra.training.config import ParScaleConfig, TrainingConfig
+    from orchestra.training.config import ParScaleConfig
     from orchestra.training.grpo_config import GRPORun
+    from orchestra.training.sft_config import SupervisedConfig
 
-Config = TypeVar("Config", "TrainingConfig", "ParScaleConfig", "GRPORun")
+Config = TypeVar("Config", "SupervisedConfig", "ParScaleConfig", "GRPORun")
 
 app = typer.Typer(help="Train a model from a YAML file.", no_args_is_help=True)
 
@@ -26,12 +27,14 @@ def sft(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Supervised training on demonstrations."""
-    from orchestra.training.config import TrainingConfig
+    from orchestra.training.sft_config import SupervisedConfig
 
-    loaded = _load(TrainingConfig, config, overrides, resume)
+    loaded = _load(SupervisedConfig, config, overrides, resume)
+    from accelerate import PartialState
+
     from orchestra.training.sft import train_sft
 
-    print(train_sft(loaded, resume=resume))
+    PartialState().print(train_sft(loaded, resume=resume))  # once, of however many processes
 
 
 @app.command()
@@ -59,9 +62,11 @@ def grpo(
     from orchestra.training.grpo_config import GRPORun
 
     loaded = _load(GRPORun, config, overrides, resume)
+    from accelerate import PartialState
+
     from orchestra.training.grpo_run import train_grpo
 
-    print(train_grpo(loaded, resume=resume))
+    PartialState().print(train_grpo(loaded, resume=resume))  # once, of however many processes
 
 
 def _load(kind: type[Config], path: Path, overrides: list[str] | None, resume: bool) -> Config:

@@ -15,6 +15,7 @@ from itertools import count
 from orchestra.evaluation.countdown import Instance, Split, moves, reachable, stream
 from orchestra.training import demonstrations
 from orchestra.training.demonstrations import Demonstration
+from orchestra.training.flatten import Row
 from orchestra.training.tokenizer import BOS, EOS, IDS, encode
 
 CYCLE = ("spawn_join", "serial", "spawn_join", "serial", "three")
@@ -35,14 +36,6 @@ class Weights:
     other: float = 1.0
 
 
-@dataclass(frozen=True)
-class Row:
-    """One training sequence: token ids and their loss weights."""
-
-    ids: list[int]
-    weights: list[float]
-
-
 def row(demonstration: Demonstration, weights: Weights) -> Row:
     """Token ids with begin and end token, and what each weighs in the loss (everything after an answer tag more)."""
     ids, values, answering = [BOS], [0.0], False
@@ -56,7 +49,7 @@ def row(demonstration: Demonstration, weights: Weights) -> Row:
             else:
                 values.append({HIT: weights.hit, MISS: weights.miss}.get(token, weights.other))
                 answering = token == ANSWER
-    return Row([*ids, EOS], [*values, weights.answer])
+    return Row.sequence([*ids, EOS], [*values, weights.answer])
 
 
 class Mixture:
@@ -108,10 +101,10 @@ class Mixture:
         total, wanted = 0, POOL * self.tokens
         for demonstration in self._demonstrations(kind, rng):
             made = row(demonstration, self.weights)
-            if len(made.ids) > self.longest:
+            if len(made) > self.longest:
                 continue
             rows.append(made)
-            total += len(made.ids)
+            total += len(made)
             if total >= wanted:
                 batches = cut(rows, self.tokens)
                 if len(batches) >= POOL:
@@ -151,10 +144,10 @@ class Mixture:
 def cut(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     """Batches of like length that hold `tokens` with their padding, as nearly as whole rows can on average."""
     batches: list[list[Row]] = []
-    for made in sorted(rows, key=lambda made: len(made.ids)):
+    for made in sorted(rows, key=lambda made: len(made)):
         # Ascending order: the newest row is the longest of its batch. Rounding to the nearest row rather than down
         # gives long sequences (serial search) the same tokens a batch as short ones.
-        if batches and (len(batches[-1]) + 0.5) * len(made.ids) <= tokens:
+        if batches and (len(batches[-1]) + 0.5) * len(made) <= tokens:
             batches[-1].append(made)
         else:
             batches.append([made])
