@@ -7,8 +7,8 @@
 them problem by problem: McNemar's exact test, and the 95 % interval of the paired difference.
 
 `acceleration` first teaches the embedded model to spawn its children at once or one by one, half of the time each,
-after the same header (`adaptive_sft.py`). From there, two runs of the same number of steps, on the same prompts with the
-same seeds: one is rewarded for correct answers, the other for correct answers and ThreadWeaver's acceleration.
+after the same header (`adaptive_sft.py`). From there, two runs of the same number of steps, on the same prompts with
+the same seeds: one is rewarded for correct answers, the other for correct answers and ThreadWeaver's acceleration.
 
 Evaluations and trainings that were killed go on where they stopped. Writes `benchmarks/results/countdown_rl_*.md`.
 """
