@@ -144,7 +144,7 @@ def acceleration(steps: int, limit: int, runs: Path) -> None:
     plain = trained(start, runs / "correctness", steps, *same)
     fast = trained(start, runs / "acceleration", steps, *same, bonus)
     models = {"RL, correctness": str(plain), "RL, correctness + acceleration": str(fast), "before RL": str(start)}
-    notes = f"Both runs took {steps} optimiser steps on the same prompts, two from each 64 rollouts; the bonus has weight 3."
+    notes = f"Both runs took {steps} optimiser steps, two from each 64 rollouts; the bonus has weight 3."
     compare("The acceleration reward", models, limit, runs, "countdown_rl_acceleration.json", notes, [1.0])
 
 
