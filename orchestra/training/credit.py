@@ -11,6 +11,7 @@ from typing import Any
 from orchestra.graph import ThreadGraph
 from orchestra.outcome import Outcome
 from orchestra.training.flatten import Row, flatten
+from orchestra.training.pieces import families, select
 
 
 @dataclass(slots=True)
@@ -69,53 +70,14 @@ def split(whole: Lesson) -> list[Lesson]:
 
     In one row they would only wait for each other in attention. What a token counts was settled for the whole.
     """
-    row = whole.row
-    family: dict[int, int] = {}  # by node: the first node that it sees something of; context comes before its readers
-    for node, view in row.views.items():
-        roots = sorted({family[other] for other in view if other in family})
-        family[node] = roots[0] if roots else node
-        for other in roots[1:]:
-            family = {member: roots[0] if first == other else first for member, first in family.items()}
-    entries: dict[int, list[int]] = {}
-    for entry, node in enumerate(row.nodes):
-        entries.setdefault(family[node], []).append(entry)
-    if len(entries) == 1:
+    found = families(whole.row)
+    if len(found) == 1:
         return [whole]
     made = []
-    for of in entries.values():
-        kept = kept_entries(row, of)
-        shares, sampler = ([values[i] for i in kept] for values in (whole.shares, whole.sampler))
-        made.append(Lesson(part(row, kept), whole.advantage, shares, sampler))
+    for entries in found:
+        shares, sampler = ([values[i] for i in entries] for values in (whole.shares, whole.sampler))
+        made.append(Lesson(select(whole.row, entries), whole.advantage, shares, sampler))
     return made
-
-
-def kept_entries(row: Row, entries: Sequence[int]) -> list[int]:
-    """Entries of a row without the echoes that would stand right after the token that they repeat."""
-    kept: list[int] = []
-    for entry in entries:
-        if not (kept and row.echoes[entry] and _place(row, kept[-1]) == _place(row, entry)):
-            kept.append(entry)
-    return kept
-
-
-def part(row: Row, entries: Sequence[int]) -> Row:
-    """Some entries of a row, in order, with all that they see; predecessors are the entries before them."""
-    nodes = {row.nodes[i] for i in entries}
-    predecessors = [None if row.predecessors[entry] is None else i - 1 for i, entry in enumerate(entries)]
-    return Row(
-        tokens=[row.tokens[i] for i in entries],
-        positions=[row.positions[i] for i in entries],
-        nodes=[row.nodes[i] for i in entries],
-        indices=[row.indices[i] for i in entries],
-        echoes=[row.echoes[i] for i in entries],
-        weights=[row.weights[i] for i in entries],
-        predecessors=predecessors,
-        views={node: view for node, view in row.views.items() if node in nodes},
-    )
-
-
-def _place(row: Row, entry: int) -> tuple[int, int]:
-    return row.nodes[entry], row.indices[entry]
 
 
 def even(sizes: Sequence[int], parts: int) -> list[range]:
