@@ -12,6 +12,7 @@ from orchestra.graph import ThreadGraph
 from orchestra.outcome import Outcome
 from orchestra.training.flatten import Row, flatten
 from orchestra.training.pieces import families, select
+from orchestra.training.pieces import families, select
 
 
 @dataclass(slots=True)
@@ -73,11 +74,15 @@ def split(whole: Lesson) -> list[Lesson]:
     found = families(whole.row)
     if len(found) == 1:
         return [whole]
-    made = []
-    for entries in found:
-        shares, sampler = ([values[i] for i in entries] for values in (whole.shares, whole.sampler))
-        made.append(Lesson(select(whole.row, entries), whole.advantage, shares, sampler))
-    return made
+    return [
+        Lesson(
+            select(whole.row, entries),
+            whole.advantage,
+            [whole.shares[i] for i in entries],
+            [whole.sampler[i] for i in entries],
+        )
+        for entries in found
+    ]
 
 
 def even(sizes: Sequence[int], parts: int) -> list[range]:
