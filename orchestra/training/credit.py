@@ -12,7 +12,6 @@ from orchestra.graph import ThreadGraph
 from orchestra.outcome import Outcome
 from orchestra.training.flatten import Row, flatten
 from orchestra.training.pieces import families, select
-from orchestra.training.pieces import families, select
 
 
 @dataclass(slots=True)
