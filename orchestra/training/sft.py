@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +27,7 @@ from orchestra.errors import UsageError
 from orchestra.runtime.local.sources import load_tokenizer, local_folder, read, tokenizer_at
 from orchestra.training import lora, text_tokenizer
 from orchestra.training import tokenizer as words
-from orchestra.training.arguments import arguments, start
+from orchestra.training.arguments import arguments, processes, start
 from orchestra.training.collate import GraphCollator
 from orchestra.training.mixture import HIT, MISS
 from orchestra.training.sft_config import SupervisedConfig, load_config
@@ -181,7 +180,7 @@ def train(
     Returns:
         The folder of the final model, or of its adapter.
     """
-    state = PartialState()
+    state = processes()
     output = start(config) if state.is_main_process else Path(config.output)
     evaluates = {"eval_strategy": "steps", "eval_steps": config.evaluate_every or data.steps} if data.held_out else {}
     told = options(config, data.steps, **evaluates)
@@ -238,7 +237,7 @@ def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
     model = build_model(config, tokenizer)
     tags = tags_of(config.tags) if config.tags is not None else default_tags(config.language)
     new = add_tags(model, tokenizer, tags, config.pad_vocabulary)
-    data = load_data(config, tokenizer, config.accumulate * PartialState().num_processes)
+    data = load_data(config, tokenizer, config.accumulate * processes().num_processes)
     generated = config.mixture is not None
     return train(
         config,

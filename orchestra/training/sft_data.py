@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-
 from orchestra.errors import UsageError, one_of
 from orchestra.protocols import PROTOCOLS
 from orchestra.training import tokenizer as words
+from orchestra.training.arguments import processes
 from orchestra.training.batches import RowBatches, Schedule, hold_out
 from orchestra.training.flatten import Row
 from orchestra.training.mixture import Mixture, Weights
@@ -54,7 +53,7 @@ def load_data(config: SupervisedConfig, tokenizer: Any, parts: int = 1) -> Data:
     if config.batch < parts:
         raise UsageError(f"batch: {config.batch} rows are fewer than the {parts} parts of processes and accumulation")
     cache = Path(config.output) / "rows"
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         sources = [load_rows(source, tokenizer, config, cache) for source in config.sources]
     try:
         sources, rows = hold_out(sources, config.held_out, config.seed)
