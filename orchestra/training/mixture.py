@@ -7,10 +7,11 @@ would have seen. Batches hold a budget of tokens, not a count of sequences, and 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from typing import TypeVar
 
 from orchestra.evaluation.countdown import Instance, Split, moves, reachable, stream
 from orchestra.training import demonstrations
@@ -22,6 +23,7 @@ CYCLE = ("spawn_join", "serial", "spawn_join", "serial", "three")
 POOL = 16
 """Batches that are drawn, sorted by length and cut together."""
 
+Sized_ = TypeVar("Sized_", bound=Sized)
 HIT, MISS, ANSWER = IDS["hit"], IDS["miss"], IDS["answer:"]
 
 
@@ -41,6 +43,9 @@ class Row:
 
     ids: list[int]
     weights: list[float]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def row(demonstration: Demonstration, weights: Weights) -> Row:
@@ -98,7 +103,10 @@ class Mixture:
         """The batch of one optimiser step."""
         cycle, place = divmod(step, len(CYCLE))
         kind = CYCLE[place]
-        index = cycle * CYCLE.count(kind) + CYCLE[:place].count(kind)
+        return self.nth(kind, cycle * CYCLE.count(kind) + CYCLE[:place].count(kind))
+
+    def nth(self, kind: str, index: int) -> list[Row]:
+        """A batch of one kind."""
         return self._pool(kind, index // POOL)[index % POOL]
 
     def _make_pool(self, kind: str, number: int) -> list[list[Row]]:
@@ -148,13 +156,13 @@ class Mixture:
                 yield next(solvable[level])
 
 
-def cut(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+def cut(rows: Sequence[Sized_], tokens: int) -> list[list[Sized_]]:
     """Batches of like length that hold `tokens` with their padding, as nearly as whole rows can on average."""
-    batches: list[list[Row]] = []
-    for made in sorted(rows, key=lambda made: len(made.ids)):
+    batches: list[list[Sized_]] = []
+    for made in sorted(rows, key=len):
         # Ascending order: the newest row is the longest of its batch. Rounding to the nearest row rather than down
         # gives long sequences (serial search) the same tokens a batch as short ones.
-        if batches and (len(batches[-1]) + 0.5) * len(made.ids) <= tokens:
+        if batches and (len(batches[-1]) + 0.5) * len(made) <= tokens:
             batches[-1].append(made)
         else:
             batches.append([made])

@@ -1,0 +1,146 @@
+"""The batches of the multilingual model's training: all behaviours, old and new, by step.
+
+New behaviours are rows of thread graphs: what `flatten` makes of the graph that the strategy would have made. Threads
+that are written again as text are merged with the branches that they came from, so they are computed once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+
+from orchestra.evaluation.countdown import Instance, stream
+from orchestra.graph import Span
+from orchestra.runtime.engine import Prompt
+from orchestra.training import parallel_demonstrations as told
+from orchestra.training import tokenizer
+from orchestra.training.flatten import Row, flatten
+from orchestra.training.graphs import graph_of
+from orchestra.training.mixture import ANSWER, HIT, MISS, POOL, Mixture, Weights, cut
+from orchestra.training.mixture import Row as Sequence_
+from orchestra.training.parallel_demonstrations import Told
+from orchestra.training.tokenizer import BOS, EOS, IDS, LABELS
+from orchestra.training.trie import merge_graph
+
+LINE = IDS["\n"]
+BEHAVIOURS: Mapping[str, Callable[[Instance, random.Random], Told]] = {
+    "threads": told.threads,
+    "map_reduce": told.map_reduce,
+    "async_think": told.async_think,
+    "refine": told.refine,
+}
+"""The new ones."""
+CYCLE = (
+    *("spawn_join", "map_reduce", "threads", "serial", "map_reduce", "async_think"),
+    *("spawn_join", "threads", "refine", "serial", "map_reduce", "async_think", "three"),
+)
+"""What the batches hold, in turn."""
+_LABELS = frozenset(IDS[f"{label}:"] for label in range(1, LABELS + 1))
+_RESULTS = frozenset((ANSWER, IDS["<RETURN>"]))
+_PATHS = frozenset((IDS["<Path>"], IDS["<Thread>"]))
+_ENDS = frozenset(IDS[tag] for tag in ("\n", "</Thread>", "</Path>", "</RETURN>"))
+
+
+class Words:
+    """The multilingual tokenizer as `graph_of` wants it, without loading it."""
+
+    def prompt(self, prompt: Prompt, **template: object) -> Span:
+        """A prompt with the begin token."""
+        assert isinstance(prompt, str)
+        ids = [BOS, *tokenizer.encode(prompt)]
+        return Span("prompt", ids, len(ids), prompt)
+
+    def forced(self, text: str) -> Span:
+        """Text as it stands."""
+        ids = tokenizer.encode(text)
+        return Span("forced", ids, len(ids), text)
+
+
+WORDS = Words()
+
+
+def row_of(one: Told, weights: Weights) -> Row:
+    """The training row of a demonstration.
+
+    What is forced weighs nothing. Labels and all that follows a label but searches (results, and the outline that a
+    path begins with) weigh as answers do: that they are the right one's is what has to be learned.
+    """
+    graph = graph_of(one.prompt, one.text, one.language, WORDS, EOS, branches=one.branches)
+    row = merge_graph(graph) if one.behaviour == "threads" else flatten(graph)
+    given = len(graph.nodes[0].spans[0].tokens)
+    for at in range(given, given + len(tokenizer.encode(one.opening))):
+        row.weights[at] = 0.0
+    rules = {HIT: weights.hit, MISS: weights.miss, ANSWER: weights.answer} | dict.fromkeys(_LABELS, weights.answer)
+    copying = begun = False
+    for at, token in enumerate(row.tokens):
+        if row.weights[at]:
+            row.weights[at] = weights.answer if copying else rules.get(token, weights.other)
+        # The label of a path follows its tag and a line break; the outline goes on to the end of that line.
+        begun, after = token in _PATHS or (begun and token == LINE), begun
+        copying = token in _RESULTS or (after and token in _LABELS) or (copying and token not in _ENDS)
+    return row
+
+
+def plain(row: Sequence_) -> Row:
+    """A row of `Mixture` as one of a graph with a single node."""
+    size = len(row.ids)
+    return Row(
+        tokens=row.ids,
+        positions=list(range(size)),
+        nodes=[0] * size,
+        indices=list(range(size)),
+        echoes=[False] * size,
+        weights=row.weights,
+        predecessors=[None, *range(size - 1)],
+        views={0: {}},
+    )
+
+
+class Languages:
+    """Training batches by step: a function of the seed and the step alone.
+
+    Args:
+        old: batches of serial search and spawn/join, by step.
+        seed: fixes every batch.
+        tokens: budget of a batch, padding included.
+        levels: level names and their shares.
+        weights: loss weights.
+        longest: rows above this are left out.
+    """
+
+    def __init__(
+        self, old: Mixture, seed: int, tokens: int, levels: dict[str, float], weights: Weights, longest: int
+    ) -> None:
+        self.old, self.seed, self.tokens, self.levels = old, seed, tokens, levels
+        self.weights, self.longest = weights, longest
+        self._pool = lru_cache(maxsize=2 * len(set(CYCLE)))(self._make_pool)
+
+    def batch(self, step: int) -> list[Row]:
+        """The batch of one optimiser step."""
+        cycle, place = divmod(step, len(CYCLE))
+        kind = CYCLE[place]
+        index = cycle * CYCLE.count(kind) + CYCLE[:place].count(kind)
+        if kind in BEHAVIOURS:
+            return self._pool(kind, index // POOL)[index % POOL]
+        return [plain(row) for row in self.old.nth(kind, index)]
+
+    def _make_pool(self, kind: str, number: int) -> list[list[Row]]:
+        rng = random.Random(f"languages/{self.seed}/{kind}/{number}")
+        rows: list[Row] = []
+        total = 0
+        for instance in self._instances(rng):
+            row = row_of(BEHAVIOURS[kind](instance, rng), self.weights)
+            if len(row) > self.longest:
+                continue
+            rows.append(row)
+            total += len(row)
+            if total >= (POOL + 1) * self.tokens and len(batches := cut(rows, self.tokens)) >= POOL:
+                break
+        rng.shuffle(batches)
+        return batches[:POOL]
+
+    def _instances(self, rng: random.Random) -> Iterator[Instance]:
+        streams = {level: stream(level, self.old.split, rng) for level in self.levels}
+        while True:
+            yield next(streams[rng.choices(list(self.levels), list(self.levels.values()))[0]])
