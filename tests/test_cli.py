@@ -110,7 +110,7 @@ def test_bad_input_is_one_line_and_exit_code_2(orchestra: Main, words: list[str]
     assert err.startswith("orchestra: ")
     assert err.count("\n") == 1
     assert err.endswith("\n")
-    assert len(err) < 500
+    assert len(err) < 1000  # what other tests have registered in this process is listed too
     assert message.lower() in err.lower()
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchestra.cli import bench, demo, engines, eval, run, strategies, tasks, train
+from orchestra.cli import bench, data, demo, engines, eval, run, strategies, tasks, train
 from orchestra.errors import OrchestraError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("eval")(eval.command)
 app.command("tasks")(tasks.command)
 app.command("strategies")(strategies.command)
 app.command("engines")(engines.command)
+app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
 

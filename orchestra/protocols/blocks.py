@@ -125,19 +125,27 @@ class Blocks(Protocol[Document]):
     def _part(self, part: str | Block) -> str:
         if isinstance(part, str):
             return part
-        out = f"<{self.block}>" if self.block else ""
-        if self.plan:
-            outlines = [f"<{self.outline}>{o.label}: {o.title}</{self.outline}>" for o in part.outlines]
-            plan = [f"<{self.plan}>{part.goal}", *outlines, f"</{self.plan}>"]
-            out += (self.gap if out else "") + self.gap.join(plan)
-        out += self.lead
+        out = self.asking(part) + self.lead
         for path in part.paths:
             body = "".join(self._part(inner) for inner in path.parts)
             out += self.path_header(path.label) + body + self.path_end(path.label) + self.after
-        out += self.join if part.paths else ""
-        if self.conclusion and part.conclusion is not None:
-            if f"<{self.conclusion}>" not in self.join or not part.paths:
+        return out + (self.join if part.paths else "") + self.ending(part)
+
+    def asking(self, block: Block) -> str:
+        """How a block begins: what the model writes to ask for its paths."""
+        out = f"<{self.block}>" if self.block else ""
+        if self.plan:
+            outlines = [f"<{self.outline}>{o.label}: {o.title}</{self.outline}>" for o in block.outlines]
+            plan = [f"<{self.plan}>{block.goal}", *outlines, f"</{self.plan}>"]
+            out += (self.gap if out else "") + self.gap.join(plan)
+        return out
+
+    def ending(self, block: Block) -> str:
+        """How a block ends: what the model writes after its paths and what is forced after them."""
+        out = ""
+        if self.conclusion and block.conclusion is not None:
+            if f"<{self.conclusion}>" not in self.join or not block.paths:
                 out += f"<{self.conclusion}>"
-            out += f"{part.conclusion}</{self.conclusion}>"
+            out += f"{block.conclusion}</{self.conclusion}>"
         closes = f"</{self.block}>" if self.block else ""
         return out if not closes or closes in self.join else out + closes

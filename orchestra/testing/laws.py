@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from orchestra.graph import Edge, ThreadGraph
 from orchestra.runtime.engine import Delta, Engine, Prompt, Request, Sampling
 from orchestra.testing.graphs import LETTERS, Played, Step, generate, play, random_program
-from orchestra.training.flatten import dense_mask, flatten
+from orchestra.training.flatten import flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,28 +33,13 @@ def row_logits(model: Any, graph: ThreadGraph) -> Tensor:
     """Logits `[tokens, vocabulary]` of one training-style forward of a plain model over `flatten(graph)`."""
     import torch
 
-    row = flatten(graph)
-    allowed = dense_mask(row)
-    positions = torch.tensor(row.positions)
-    # Entries that see nothing (there are none in a valid row) would give nan, and be noticed.
-    least = torch.finfo(model.dtype).min
+    from orchestra.training.collate import GraphCollator
 
-    def mask(seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, least)[None, None]
-
-    # A mask that is given takes the place of all that the model would make, so windows must be in it: by position.
-    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
-    masks: Any = mask(allowed)
-    if window is not None and (kinds is None or "sliding_attention" in kinds):
-        near = mask(allowed & (positions.unsqueeze(1) - positions < window))
-        masks = near if kinds is None else {"full_attention": masks, "sliding_attention": near}
+    batch = GraphCollator(0, config=model.config, dtype=model.dtype)([flatten(graph)])
+    for what in ("labels", "loss_weights"):
+        del batch[what]
     with torch.inference_mode():
-        logits: Tensor = model(
-            input_ids=torch.tensor([row.tokens]),
-            position_ids=positions.unsqueeze(0),
-            attention_mask=masks,
-            use_cache=False,
-        ).logits[0]
+        logits: Tensor = model(**batch, use_cache=False).logits[0]
     return logits.float()
 
 

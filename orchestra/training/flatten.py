@@ -7,8 +7,9 @@ by nobody. So the ordinary label shift of any trainer is right for every token t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from orchestra.errors import UsageError
 from orchestra.graph import ThreadGraph
@@ -56,6 +57,79 @@ class Row:
         if self.nodes[i] == self.nodes[j]:
             return self.indices[j] <= self.indices[i]
         return self.indices[j] < self.views[self.nodes[i]].get(self.nodes[j], 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is an ordinary sequence: every entry sees all before it, at positions from 0 on."""
+        if any(self.echoes) or self.positions != list(range(len(self))):
+            return False
+        first = {node: at for at, node in reversed(list(enumerate(self.nodes)))}
+        return all(sum(view.values()) == first[node] for node, view in self.views.items())
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The row as columns of a data set; `from_columns` reads them back.
+
+        Returns:
+            `input_ids`, `position_ids`, `nodes`, `indices`, `echoes`, `loss_weights`: as the attributes;
+            `predecessors`: -1 for None; `views`: triples `[node, other, length]`.
+        """
+        return {
+            "input_ids": self.tokens,
+            "position_ids": self.positions,
+            "nodes": self.nodes,
+            "indices": self.indices,
+            "echoes": self.echoes,
+            "loss_weights": self.weights,
+            "predecessors": [-1 if before is None else before for before in self.predecessors],
+            "views": [[node, other, length] for node, view in self.views.items() for other, length in view.items()],
+        }
+
+    @classmethod
+    def from_columns(cls, example: Mapping[str, Any]) -> Self:
+        """The row in the columns of an example. `input_ids` alone are a plain sequence, of which all is learned.
+
+        Raises:
+            UsageError: columns of different lengths, or a mask that refers to a node that is not there.
+        """
+        tokens = list(example["input_ids"])
+        if example.get("nodes") is None:
+            weights = example.get("loss_weights")
+            return cls.sequence(tokens, [1.0] * len(tokens) if weights is None else weights)
+        row = cls(tokens, views={node: {} for node in example["nodes"]})
+        row.positions, row.nodes = list(example["position_ids"]), list(example["nodes"])
+        row.indices, row.echoes = list(example["indices"]), list(example["echoes"])
+        row.weights = list(example["loss_weights"])
+        row.predecessors = [None if before < 0 else before for before in example["predecessors"]]
+        columns: list[list[Any]] = [row.positions, row.nodes, row.indices, row.echoes, row.weights, row.predecessors]
+        lengths = {len(row), *map(len, columns)}
+        if len(lengths) > 1:
+            raise UsageError(f"columns of a row have different lengths: {', '.join(map(str, sorted(lengths)))}")
+        for node, other, length in example["views"]:
+            if node not in row.views or other not in row.views:
+                raise UsageError(f"a row's view names node {other if node in row.views else node}, which has no token")
+            row.views[node][other] = length
+        return row
+
+    @classmethod
+    def sequence(cls, tokens: Sequence[int], weights: Sequence[float]) -> Self:
+        """A plain sequence; `weights[i]` is that of predicting token i (nothing predicts the first one).
+
+        Raises:
+            UsageError: there are not as many weights as tokens.
+        """
+        if len(tokens) != len(weights):
+            raise UsageError(f"{len(tokens)} tokens but {len(weights)} loss weights")
+        size = len(tokens)
+        return cls(
+            list(tokens),
+            list(range(size)),
+            [0] * size,
+            list(range(size)),
+            [False] * size,
+            [0.0, *map(float, weights[1:])][:size],
+            [None, *range(size - 1)][:size],
+            {0: {}} if size else {},
+        )
 
     def _add(self, token: int, position: int, node: int, index: int, weight: float, predecessor: int | None) -> None:
         self.tokens.append(token)

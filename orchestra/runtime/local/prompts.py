@@ -95,7 +95,8 @@ class Prompts:
         return Span("forced", ids, len(ids), text)
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+        # Too long a text is an error of ours, in one line; the library's warning would be another.
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False).input_ids
         return ids
 
     def _refuse_empty(self, text: str) -> None:
