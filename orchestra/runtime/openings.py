@@ -1,8 +1,8 @@
-"""What a model's folder says about the languages that it speaks: see `Engine.openings`.
+r"""What a model's folder says about the languages that it speaks: see `Engine.openings`.
 
 It stands in ``config.json``, where it travels with the model::
 
-    "orchestra": {"openings": {"thread_weaver": "\\n<Parallel>\\n<Outlines>", "drafts": "drafts:\\n{answers}"}}
+    "orchestra": {"openings": {"thread_weaver": "\n<Parallel>\n<Outlines>", "drafts": "drafts:\n{answers}"}}
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 NUMBERS, LARGEST, TARGETS = 4, 99, (10, 100)
@@ -123,7 +123,7 @@ def problems(rng: random.Random) -> Iterator[Problem]:
             yield Problem(numbers, target)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _factors(target: int) -> tuple[int, ...]:
     return tuple(factor for factor in range(2, target + 1) if target % factor == 0)
 

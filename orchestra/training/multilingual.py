@@ -7,30 +7,23 @@ that are written again as text are merged with the branches that they came from,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 
 from orchestra.evaluation.countdown import Instance, stream
 from orchestra.graph import Span
 from orchestra.runtime.engine import Prompt
-from orchestra.training import parallel_demonstrations as told
 from orchestra.training import tokenizer
 from orchestra.training.flatten import Row, flatten
 from orchestra.training.graphs import graph_of
 from orchestra.training.mixture import ANSWER, HIT, MISS, POOL, Mixture, Weights, cut
-from orchestra.training.mixture import Row as Sequence_
-from orchestra.training.parallel_demonstrations import Told
+from orchestra.training.parallel_demonstrations import BEHAVIOURS, Told
 from orchestra.training.tokenizer import BOS, EOS, IDS, LABELS
 from orchestra.training.trie import merge_graph
 
 LINE = IDS["\n"]
-BEHAVIOURS: Mapping[str, Callable[[Instance, random.Random], Told]] = {
-    "threads": told.threads,
-    "map_reduce": told.map_reduce,
-    "async_think": told.async_think,
-    "refine": told.refine,
-}
-"""The new ones."""
+NEW = ("threads", "map_reduce", "async_think", "refine")
+"""The behaviours that the first stage did not have."""
 CYCLE = (
     *("spawn_join", "map_reduce", "threads", "serial", "map_reduce", "async_think"),
     *("spawn_join", "threads", "refine", "serial", "map_reduce", "async_think", "three"),
@@ -39,7 +32,7 @@ CYCLE = (
 _LABELS = frozenset(IDS[f"{label}:"] for label in range(1, LABELS + 1))
 _RESULTS = frozenset((ANSWER, IDS["<RETURN>"]))
 _PATHS = frozenset((IDS["<Path>"], IDS["<Thread>"]))
-_ENDS = frozenset(IDS[tag] for tag in ("\n", "</Thread>", "</Path>", "</RETURN>"))
+_ENDS = frozenset(IDS[tag] for tag in ("\n", "</Thread>", "</Path>", "</RETURN>", "<eos>"))
 
 
 class Words:
@@ -82,21 +75,6 @@ def row_of(one: Told, weights: Weights) -> Row:
     return row
 
 
-def plain(row: Sequence_) -> Row:
-    """A row of `Mixture` as one of a graph with a single node."""
-    size = len(row.ids)
-    return Row(
-        tokens=row.ids,
-        positions=list(range(size)),
-        nodes=[0] * size,
-        indices=list(range(size)),
-        echoes=[False] * size,
-        weights=row.weights,
-        predecessors=[None, *range(size - 1)],
-        views={0: {}},
-    )
-
-
 class Languages:
     """Training batches by step: a function of the seed and the step alone.
 
@@ -121,9 +99,9 @@ class Languages:
         cycle, place = divmod(step, len(CYCLE))
         kind = CYCLE[place]
         index = cycle * CYCLE.count(kind) + CYCLE[:place].count(kind)
-        if kind in BEHAVIOURS:
+        if kind in NEW:
             return self._pool(kind, index // POOL)[index % POOL]
-        return [plain(row) for row in self.old.nth(kind, index)]
+        return [Row.sequence(row.ids, row.weights) for row in self.old.nth(kind, index)]
 
     def _make_pool(self, kind: str, number: int) -> list[list[Row]]:
         rng = random.Random(f"languages/{self.seed}/{kind}/{number}")

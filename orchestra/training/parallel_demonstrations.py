@@ -11,13 +11,14 @@ siblings, and the label is what tells them apart.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from orchestra.evaluation.countdown import OPERATORS, Instance, Move, Step, apply, can_reach, moves
 from orchestra.protocols import apr
 from orchestra.protocols.async_think import MOST_WORKERS
+from orchestra.training import demonstrations
 from orchestra.training.demonstrations import PRUNED, _given, _opening, search, steps_text
 from orchestra.training.tokenizer import WORKERS
 
@@ -38,12 +39,12 @@ class Told:
     """A demonstration in a language of `orchestra.protocols.PROTOCOLS`, or in plain text.
 
     Attributes:
-        behaviour: ``threads``, ``map_reduce``, ``async_think`` or ``refine``.
+        behaviour: a key of `BEHAVIOURS`.
         language: what it is written in.
         prompt: what the model is given.
         text: what follows: said by the model, and forced where the language says so.
         opening: the beginning of `text` that is forced too.
-        branches: texts of the workers.
+        branches: texts of the children or workers.
         solved: whether it ends in a solution.
     """
 
@@ -62,6 +63,24 @@ class _Try(NamedTuple):
     move: Move
     lines: str
     steps: tuple[Step, ...] | None
+
+
+def serial(instance: Instance, rng: random.Random) -> Told:
+    """One sequence; see `demonstrations.serial`."""
+    made = demonstrations.serial(instance, rng)
+    given, said = made.segments
+    return Told("serial", "plain", given.text, said.text, made.solved)
+
+
+def spawn_join(instance: Instance, rng: random.Random, children: int | None = None) -> Told:
+    """A parent with all its children; see `demonstrations.spawn_join`."""
+    parent, offspring = demonstrations.spawn_join(instance, rng, children)
+    header = apr.header(children)
+    prompt = parent.segments[0].text.removesuffix(header)
+    text = header + "".join(segment.text for segment in parent.segments[1:])
+    return Told(
+        "spawn_join", "apr", prompt, text, parent.solved, header, tuple(one.segments[1].text for one in offspring)
+    )
 
 
 def threads(instance: Instance, rng: random.Random) -> Told:
@@ -243,3 +262,14 @@ def _solved(tried: Sequence[_Try]) -> bool:
 
 def _answer(steps: Sequence[Step] | None) -> str:
     return apr.NONE if steps is None else steps_text(steps)
+
+
+BEHAVIOURS: Mapping[str, Callable[[Instance, random.Random], Told]] = {
+    "serial": serial,
+    "spawn_join": spawn_join,
+    "threads": threads,
+    "map_reduce": map_reduce,
+    "async_think": async_think,
+    "refine": refine,
+}
+"""Who tells what, by the strategy that runs it (`serial` is what a single sample says)."""

@@ -1,9 +1,9 @@
 """The word-level tokenizer of the embedded model, and of others with words of their own.
 
-Every word is a token, newline too; so is every tag of the languages of parallel thinking. A word start is marked with ``▁`` by the normalizer and turned back into a space by
-the decoder, so decoding is a homomorphism (decode(a + b) == decode(a) + decode(b)) and text that the model wrote
-encodes to the ids it came from. Words outside the vocabulary become ``<unk>``. Tags are added tokens without that mark:
-they need no space around them.
+Every word is a token, newline too; so is every tag of the languages of parallel thinking. A word start is marked with
+``▁`` by the normalizer and turned back into a space by the decoder, so decoding is a homomorphism (decode(a + b) ==
+decode(a) + decode(b)) and text that the model wrote encodes to the ids it came from. Words outside the vocabulary
+become ``<unk>``. Tags are added tokens without that mark: they need no space around them.
 """
 
 from __future__ import annotations
