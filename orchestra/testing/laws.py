@@ -35,9 +35,8 @@ def row_logits(model: Any, graph: ThreadGraph) -> Tensor:
 
     from orchestra.training.collate import GraphCollator
 
-    batch = GraphCollator(0, config=model.config, dtype=model.dtype)([flatten(graph)])
-    for what in ("labels", "loss_weights"):
-        del batch[what]
+    batch = GraphCollator(0, config=model.config, dtype=model.dtype, weights=False)([flatten(graph)])
+    del batch["labels"]
     with torch.inference_mode():
         logits: Tensor = model(**batch, use_cache=False).logits[0]
     return logits.float()

@@ -126,6 +126,8 @@ class GraphCollator:
         config: of the model: its windows, and what form of mask its attention takes.
         pack: put rows into sequences of at most so many entries, longest first; None: a sequence each.
         dtype: of the additive matrix that `eager` attention takes.
+        weights: give `loss_weights`, too. False for trainers that hand all of a batch to the model (TRL's `SFTTrainer`,
+            transformers' `Trainer`): they learn what weighs anything, and all of it alike.
     """
 
     def __init__(
@@ -136,8 +138,9 @@ class GraphCollator:
         config: Any = None,
         pack: int | None = None,
         dtype: torch.dtype = torch.float32,
+        weights: bool = True,
     ) -> None:
-        self.pad, self.mask, self.pack, self.dtype = pad, mask, pack, dtype
+        self.pad, self.mask, self.pack, self.dtype, self.weights = pad, mask, pack, dtype, weights
         self._attention = getattr(config, "_attn_implementation", None) or "sdpa"
         self._windows = {"": None} if config is None else windows(config)
         if mask == "flex" and self._attention != "flex_attention":
@@ -167,8 +170,9 @@ class GraphCollator:
             "input_ids": ids,
             "position_ids": positions,
             "labels": ids.masked_fill(weights == 0, IGNORED),
-            "loss_weights": weights,
         }
+        if self.weights:
+            batch["loss_weights"] = weights
         if any(len(rows) > 1 or not rows[0].plain for rows in packs):
             batch["attention_mask"] = self._masks(mask_of(packs, size))
         return batch
