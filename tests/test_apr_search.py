@@ -28,7 +28,8 @@ def test_operations_are_exact_and_use_two_numbers_each(numbers: tuple[int, ...])
         rest = sorted(numbers)
         rest.remove(a)
         rest.remove(b)
-        assert left[-1] == result >= 0 and sorted(left[:-1]) == rest
+        assert left[-1] == result >= 0
+        assert sorted(left[:-1]) == rest
     divisions = sum(
         1
         for i in range(len(numbers))

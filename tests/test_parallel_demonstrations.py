@@ -141,11 +141,13 @@ def test_openings_weigh_nothing_and_results_weigh_as_answers() -> None:
 def test_drafts_are_checked_by_computing_them_anew() -> None:
     one = Instance((3, 7, 8, 12), 68, "small")
     line, found = check(one, (Step(8, "-", 7, 1), Step(12, "+", 1, 13), Step(13, "*", 3, 39)))
-    assert found is None and line == " 8 - 7 = 1 left: 1 3 12\n 12 + 1 = 13 13 3 16 10 39 x 68 miss\n"
+    assert found is None
+    assert line == " 8 - 7 = 1 left: 1 3 12\n 12 + 1 = 13 13 3 16 10 39 x 68 miss\n"
     steps = solve(one.numbers, one.target)
     assert steps is not None
     line, found = check(one, steps)
-    assert found is not None and line.endswith("68 hit\n")
+    assert found is not None
+    assert line.endswith("68 hit\n")
     assert checks(one.numbers, one.target, " , ".join(map(str, found)))
     slipped = (found[0]._replace(result=found[0].result + 1), *found[1:])
     assert check(one, slipped)[1] in (None, found)

@@ -304,7 +304,7 @@ class _Search:
                 self.write(f"<No Solution in Sub Search {i} at level 1 at Node #{node.id}>")
             else:
                 self.write(f"<{REACHED} in Sub Search {i} at level 1 at Node #{node.id}>")
-                self.text += solution(search.text) + "\n" if solution(search.text) else ""
+                self.write(solution(search.text) or "")
                 first = first or found
         self.write(END_JOINED)
         self.trace.children.append(calls)

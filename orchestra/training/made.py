@@ -98,7 +98,7 @@ def _tokenizer(wanted: Wanted, out: Path) -> Any:
         return load_tokenizer(wanted.model)
     if wanted.task == "countdown":
         return None
-    tokenizer = text_tokenizer.build()
+    tokenizer = text_tokenizer.build(_ANY_LENGTH)
     tokenizer.save_pretrained(str(out / "tokenizer"))
     return tokenizer
 
@@ -108,11 +108,11 @@ def _examples(wanted: Wanted, tokenizer: Any) -> Iterator[Example]:
     behaviours = wanted.behaviours or tuple(TASKS[wanted.task])
     if wanted.task == "countdown":
         return countdown(rng, behaviours, wanted.level, tokenizer)
-    return (apr if wanted.task == "apr" else sums)(rng, behaviours, tokenizer)
+    return apr(rng, behaviours, tokenizer) if wanted.task == "apr" else sums(rng, behaviours, tokenizer)
 
 
 def countdown(rng: random.Random, behaviours: Sequence[str], level: str, tokenizer: Any = None) -> Iterator[Example]:
-    """Countdown problems of the train split; without a tokenizer in the embedded model's tokens, marks weighing more."""
+    """Countdown problems of the train split; without a tokenizer in the embedded model's tokens and loss weights."""
     for number, instance in enumerate(stream(level, "train", rng)):
         behaviour = behaviours[number % len(behaviours)]
         told = BEHAVIOURS[behaviour](instance, rng)

@@ -225,7 +225,7 @@ def _draft(instance: Instance, rng: random.Random) -> tuple[Step, ...] | None:
         wrong = rng.randint(1, 99)
         right = steps[at].result
         steps = [
-            step if i < at else Step(*(wrong if value == right else value for value in step)) if i > at else step
+            step._replace(**{name: wrong for name in Step._fields if i > at and getattr(step, name) == right})
             for i, step in enumerate(steps)
         ]
         steps[at] = steps[at]._replace(result=wrong)
