@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestra.protocols.apr_published import solution
 from orchestra.training import apr_search
-from orchestra.training.apr_search import Problem, apr, check_solution, distance, problems, serial, solution
+from orchestra.training.apr_search import Problem, apr, check_solution, distance, problems, serial
 
 PROBLEM = Problem((3, 7, 8, 12), 54)
 NUMBERS = st.lists(st.integers(0, 99), min_size=2, max_size=4).map(tuple)

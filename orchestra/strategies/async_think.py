@@ -37,7 +37,7 @@ class AsyncThink(OneThread):
         shared: workers are shown the run's own prompt before their sub-query.
         instruct: explain the language in the prompt, for models that were never taught it.
         opening: forced after the prompt, before the organiser speaks; None: what the model's folder says, if anything
-            (docs/training.md).
+            (docs/data.md).
         drafts: what a worker does with its sub-query.
         stops: how often the organiser is stopped at a tag; then it is written to its end.
     """

@@ -40,7 +40,7 @@ class MapReduce(OneThread):
             say (`parallel_r1`, `para_thinker`: 8).
         path_tokens: most tokens that a path may sample between two stops.
         opening: forced after the prompt, before the model speaks; None: what the model's folder says, if anything
-            (docs/training.md).
+            (docs/data.md).
         stops: how often a thread is stopped at a tag; then it is written to its end.
     """
 

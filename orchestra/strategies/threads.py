@@ -25,7 +25,7 @@ class ThreadWeaver(OneThread):
         threads: most threads of a block; of more outlines the first ones are run.
         thread_tokens: most tokens that a thread may sample.
         opening: forced after the prompt, before the model speaks; None: what the model's folder says, if anything
-            (docs/training.md).
+            (docs/data.md).
         stops: how often the parent is stopped at a plan; then it is written to its end.
     """
 

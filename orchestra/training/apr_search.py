@@ -18,16 +18,14 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import NamedTuple
 
+from orchestra.protocols.apr_published import CALLING, END_CALLING, REACHED, render_join
+
 NUMBERS, LARGEST, TARGETS = 4, 99, (10, 100)
 """How many numbers a problem has, the largest of them, and the smallest and largest target."""
 SERIAL_BEAM, PARENT_BEAM, CHILD_BEAM = (1, 5), (1, 10), 15
 """Fewest and most successors that SoS+ and an APR parent keep of a node, and the most that a child keeps."""
 DESCEND, SPAWN = 0.5, 0.9
 """How probably SoS+ searches a node's successors at once, and an APR parent spawns them."""
-
-REACHED = "Goal Reached"
-CALLING, END_CALLING = "<Calling Sub Searches>", "<End Calling Sub Searches>"
-JOINED, END_JOINED = "<Sub Searches>", "<End Sub Searches>"
 
 _EXPLORED = re.compile(r"Exploring Operation: (\d+)([-+*/])(\d+)=(\d+), Resulting Numbers: \[([\d, ]+)\]")
 _STATE = re.compile(r"Current State: (\d+):\[([\d, ]+)\]")
@@ -163,12 +161,6 @@ def check_solution(prompt: str, text: str) -> bool:
     return False
 
 
-def solution(text: str) -> str | None:
-    """The path that a trace restates at its end: what stands after its last `Goal Reached` but one."""
-    parts = text.split(REACHED)
-    return parts[-2].partition("\n")[2] + REACHED if len(parts) > 2 else None
-
-
 # -- the searches ------------------------------------------------------------------------------------------------------
 
 
@@ -294,19 +286,13 @@ class _Search:
         prompt, before = parent_prompt(self.problem), self.text
         self.trace.main.append(Call(prompt, f"\n{before}{CALLING}\n{asked}{END_CALLING}"))
         calls, first = [], None
-        self.write(JOINED)
-        for i, node in enumerate(children):
+        for node in children:
             search = _Search(self.problem, self.rng, self.child_beam, self.child_beam)
             found = search.run(node, level=1, given=True)
             search.end(found, node)
             calls.append(Call(_moving(node, self.problem.target), "\n" + search.text))
-            if found is None:
-                self.write(f"<No Solution in Sub Search {i} at level 1 at Node #{node.id}>")
-            else:
-                self.write(f"<{REACHED} in Sub Search {i} at level 1 at Node #{node.id}>")
-                self.write(solution(search.text) or "")
-                first = first or found
-        self.write(END_JOINED)
+            first = first or found
+        self.text += render_join([node.id for node in children], [call.completion for call in calls])
         self.trace.children.append(calls)
         if first is not None:
             self.write(f"{self.problem.target},{self.problem.target} equal: {REACHED}")
