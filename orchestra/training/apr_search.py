@@ -173,10 +173,9 @@ def serial(problem: Problem, rng: random.Random, beam: int | None = None) -> Tra
         beam: successors kept of a node; None: at random, see `SERIAL_BEAM`.
     """
     search = _Search(problem, rng, beam or rng.randint(*SERIAL_BEAM))
-    prompt = search.root.line(problem.target)
     found = search.run(search.root, level=0, given=True)
     search.end(found, search.root)
-    return Trace(problem, [Call(prompt, "\n" + search.text)], [], found is not None)
+    return Trace(problem, [Call(serial_prompt(problem), "\n" + search.text)], [], found is not None)
 
 
 def apr(problem: Problem, rng: random.Random, beams: tuple[int, int] | None = None) -> Trace:
@@ -197,6 +196,11 @@ def apr(problem: Problem, rng: random.Random, beams: tuple[int, int] | None = No
     trace.main.append(Call(parent_prompt(problem), "\n" + search.text))
     trace.solved = found is not None
     return trace
+
+
+def serial_prompt(problem: Problem) -> str:
+    """What SoS+ is given."""
+    return Node("0", problem.numbers).line(problem.target)
 
 
 def parent_prompt(problem: Problem) -> str:

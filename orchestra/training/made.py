@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,10 @@ from orchestra.training.mixture import Weights
 from orchestra.training.multilingual import row_of
 from orchestra.training.parallel_demonstrations import BEHAVIOURS
 
-SOLVERS = {"apr": apr_search.apr, "sos": apr_search.serial}
+SOLVERS: Mapping[str, Callable[[apr_search.Problem, random.Random], apr_search.Trace]] = {
+    "apr": apr_search.apr,
+    "sos": apr_search.serial,
+}
 TASKS: Mapping[str, Sequence[str]] = {
     "countdown": tuple(BEHAVIOURS),
     "apr": tuple(SOLVERS),
@@ -131,7 +134,7 @@ def countdown(rng: random.Random, behaviours: Sequence[str], level: str, tokeniz
 
 
 def apr(rng: random.Random, behaviours: Sequence[str], tokenizer: Any) -> Iterator[Example]:
-    """APR's task in its own text: a row for each call, prompt included in what is learned, as it was published."""
+    """APR's task in its own text: a plain sequence for each call, of which all is learned, as it was published."""
     for number, problem in enumerate(apr_search.problems(rng)):
         arm = behaviours[number % len(behaviours)]
         trace = SOLVERS[arm](problem, rng)
@@ -143,7 +146,7 @@ def apr(rng: random.Random, behaviours: Sequence[str], tokenizer: Any) -> Iterat
                 "numbers": list(problem.numbers),
                 "target": problem.target,
                 "solved": trace.solved,
-                **Row.sequence(ids, [1.0] * len(ids)).columns(),
+                "input_ids": ids,
             }
 
 
@@ -184,7 +187,7 @@ def card(wanted: Wanted, examples: Sequence[Example], command: str = "") -> str:
     for behaviour in dict.fromkeys(example["behaviour"] for example in examples):
         rows = [example for example in examples if example["behaviour"] == behaviour]
         sizes = [len(row["input_ids"]) for row in rows]
-        learned = sum(weight > 0 for row in rows for weight in row["loss_weights"])
+        learned = sum(weight > 0 for row in rows for weight in row.get("loss_weights", row["input_ids"][1:]))
         solved = 100 * sum(bool(row.get("solved", True)) for row in rows) / len(rows)
         lines.append(
             f"| {behaviour} | {len(rows):,} | {solved:.1f} | {sum(sizes) / len(rows):,.0f} | {max(sizes):,} "
