@@ -122,9 +122,8 @@ def report(samples: dict[str, list[Sample]], tokens: int) -> str:
         solved = sum(one.solved for one in found) / count
         error = (solved * (1 - solved) / count) ** 0.5
         shown = " | ".join(f"{mean:,.0f}" for mean in means[:2])
-        lines.append(
-            f"| {arm} | {100 * solved:.1f} ± {100 * error:.1f} | {before}, {after} | {shown} | {means[2]:.1f} |"
-        )
+        rate = f"{100 * solved:.1f} ± {100 * error:.1f}"
+        lines.append(f"| {arm} | {rate} | {before}, {after} | {shown} | {means[2]:.1f} |")
     by_item = {arm: {str(i): [float(one.solved)] for i, one in enumerate(found)} for arm, found in samples.items()}
     difference = paired_difference(by_item["sos"], by_item["apr"])
     low, high = 100 * difference.low, 100 * difference.high

@@ -20,7 +20,8 @@ from orchestra.training.mixture import Weights
 from orchestra.training.multilingual import row_of
 from orchestra.training.parallel_demonstrations import BEHAVIOURS
 
-SOLVERS: Mapping[str, Callable[[apr_search.Problem, random.Random], apr_search.Trace]] = {
+Solver = Callable[[apr_search.Problem, random.Random], apr_search.Trace]
+SOLVERS: Mapping[str, Solver] = {"apr": apr_search.apr, "sos": apr_search.serial}
     "apr": apr_search.apr,
     "sos": apr_search.serial,
 }
