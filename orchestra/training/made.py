@@ -22,9 +22,6 @@ from orchestra.training.parallel_demonstrations import BEHAVIOURS
 
 Solver = Callable[[apr_search.Problem, random.Random], apr_search.Trace]
 SOLVERS: Mapping[str, Solver] = {"apr": apr_search.apr, "sos": apr_search.serial}
-    "apr": apr_search.apr,
-    "sos": apr_search.serial,
-}
 TASKS: Mapping[str, Sequence[str]] = {
     "countdown": tuple(BEHAVIOURS),
     "apr": tuple(SOLVERS),
