@@ -29,12 +29,17 @@ HIT, MISS, ANSWER = IDS["hit"], IDS["miss"], IDS["answer:"]
 
 @dataclass(frozen=True)
 class Weights:
-    """Loss weights of tokens; what the model is given weighs nothing."""
+    """Loss weights of tokens; what the model is given weighs nothing.
+
+    `plan` is of outlines and sub-queries, `choice` of whose result is repeated after a join.
+    """
 
     hit: float = 6.0
     miss: float = 2.0
     answer: float = 4.0
     other: float = 1.0
+    plan: float = 1.0
+    choice: float = 4.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ that are written again as text are merged with the branches that they came from,
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 from orchestra.evaluation.countdown import Instance, stream
@@ -18,9 +20,10 @@ from orchestra.training.flatten import Row, flatten
 from orchestra.training.graphs import graph_of
 from orchestra.training.mixture import ANSWER, HIT, MISS, POOL, Mixture, Weights, cut
 from orchestra.training.parallel_demonstrations import BEHAVIOURS, Told
-from orchestra.training.tokenizer import BOS, EOS, IDS, LABELS
+from orchestra.training.tokenizer import BOS, EOS, IDS, LABELS, WORKERS
 from orchestra.training.trie import merge_graph
 
+_FAILED = re.compile(r"(\n \d+: )none(</(?:Path|Thread)>)")
 LINE = IDS["\n"]
 NEW = ("threads", "map_reduce", "async_think", "refine")
 """The behaviours that the first stage did not have."""
@@ -32,6 +35,9 @@ CYCLE = (
 _LABELS = frozenset(IDS[f"{label}:"] for label in range(1, LABELS + 1))
 _RESULTS = frozenset((ANSWER, IDS["<RETURN>"]))
 _PATHS = frozenset((IDS["<Path>"], IDS["<Thread>"]))
+_JOINED = frozenset((IDS["<Conclusion>"], IDS["</Parallel>"]))
+_PLANS = frozenset(IDS[tag] for tag in ("<Outline>", *(f"<FORK-{i}>" for i in range(1, WORKERS + 1))))
+_PLANNED = frozenset(IDS[tag] for tag in ("</Outline>", *(f"</FORK-{i}>" for i in range(1, WORKERS + 1))))
 _ENDS = frozenset(IDS[tag] for tag in ("\n", "</Thread>", "</Path>", "</RETURN>", "<eos>"))
 
 
@@ -65,10 +71,14 @@ def row_of(one: Told, weights: Weights) -> Row:
     for at in range(given, given + len(tokenizer.encode(one.opening))):
         row.weights[at] = 0.0
     rules = {HIT: weights.hit, MISS: weights.miss, ANSWER: weights.answer} | dict.fromkeys(_LABELS, weights.answer)
-    copying = begun = False
+    copying = begun = planning = False
     for at, token in enumerate(row.tokens):
         if row.weights[at]:
-            row.weights[at] = weights.answer if copying else rules.get(token, weights.other)
+            other = weights.plan if planning else weights.other
+            row.weights[at] = weights.answer if copying else rules.get(token, other)
+            if token != EOS and row.tokens[at - 1] == LINE and row.tokens[at - 2] in _JOINED:
+                row.weights[at] = weights.choice
+        planning = token in _PLANS or (planning and token not in _PLANNED)
         # The label of a path follows its tag and a line break; the outline goes on to the end of that line.
         begun, after = token in _PATHS or (begun and token == LINE), begun
         copying = token in _RESULTS or (after and token in _LABELS) or (copying and token not in _ENDS)
@@ -85,13 +95,22 @@ class Languages:
         levels: level names and their shares.
         weights: loss weights.
         longest: rows above this are left out.
+        spelled: paths that found nothing end with `answer: none` instead of `none`.
     """
 
     def __init__(
-        self, old: Mixture, seed: int, tokens: int, levels: dict[str, float], weights: Weights, longest: int
+        self,
+        old: Mixture,
+        seed: int,
+        tokens: int,
+        levels: dict[str, float],
+        weights: Weights,
+        longest: int,
+        spelled: bool = False,
     ) -> None:
         self.old, self.seed, self.tokens, self.levels = old, seed, tokens, levels
         self.weights, self.longest = weights, longest
+        self.spelled = spelled
         self._pool = lru_cache(maxsize=2 * len(set(CYCLE)))(self._make_pool)
 
     def batch(self, step: int) -> list[Row]:
@@ -108,7 +127,10 @@ class Languages:
         rows: list[Row] = []
         total = 0
         for instance in self._instances(rng):
-            row = row_of(BEHAVIOURS[kind](instance, rng), self.weights)
+            told = BEHAVIOURS[kind](instance, rng)
+            if self.spelled:
+                told = replace(told, text=_FAILED.sub(r"\1answer: none\2", told.text))
+            row = row_of(told, self.weights)
             if len(row) > self.longest:
                 continue
             rows.append(row)

@@ -43,6 +43,8 @@ class MultilingualConfig:
         new_levels: the same of the new ones.
         longest: rows of new behaviours above this are left out.
         unsolvable, conditioned, most_children, hit_weight, miss_weight, answer_weight: as in `TrainingConfig`.
+        plan_weight, choice_weight: see `Weights`.
+        spelled: see `Languages`.
         learning_rate: peak, constant from the end of warm-up to the start of decay.
         warmup_steps: steps of linear warm-up.
         decay_share: share of the steps, at the end, over which the learning rate falls linearly to zero.
@@ -64,6 +66,9 @@ class MultilingualConfig:
     hit_weight: float = 6.0
     miss_weight: float = 2.0
     answer_weight: float = 4.0
+    plan_weight: float = 1.0
+    choice_weight: float = 4.0
+    spelled: bool = False
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     decay_share: float = 0.5
@@ -114,7 +119,13 @@ class MultilingualTrainer(WeightedSFTTrainer):
 
 def build_languages(config: MultilingualConfig) -> Languages:
     """The batches that the configuration asks for."""
-    weights = Weights(config.hit_weight, config.miss_weight, config.answer_weight)
+    weights = Weights(
+        config.hit_weight,
+        config.miss_weight,
+        config.answer_weight,
+        plan=config.plan_weight,
+        choice=config.choice_weight,
+    )
     old = Mixture(
         config.seed + 1,  # what the first stage has not seen
         config.batch_tokens,
@@ -124,7 +135,7 @@ def build_languages(config: MultilingualConfig) -> Languages:
         most_children=config.most_children,
         weights=weights,
     )
-    return Languages(old, config.seed, config.batch_tokens, config.new_levels, weights, config.longest)
+    return Languages(old, config.seed, config.batch_tokens, config.new_levels, weights, config.longest, config.spelled)
 
 
 def train(config: MultilingualConfig, *, resume: bool = False) -> Path:

@@ -3,9 +3,9 @@
 All of them say what `orchestra.training.demonstrations` says, in other tags: first steps, the search lines of the three
 numbers that each leaves, and an answer. On both levels they look at a random few of the first steps, in order.
 
-A thread or path begins with its outline and ends with a result that begins with its label, `` 3: answer: STEPS``. The
-last line repeats the result that was chosen, label and all: what is joined by reuse stands at the same positions as its
-siblings, and the label is what tells them apart.
+A thread or path begins with its outline and ends with a result that begins with its label, `` 3: answer: STEPS`` or
+`` 3: none``. The last line repeats the result that was chosen, label and all: what is joined by reuse stands at the same
+positions as its siblings, and the label is what tells them apart.
 """
 
 from __future__ import annotations
@@ -246,7 +246,8 @@ def _tries(instance: Instance, rng: random.Random, without: Sequence[Step] | set
 
 
 def _body(label: int, one: _Try) -> str:
-    return f" {_opening(one.move)}\n{one.lines} {label}: {apr.ANSWER} {_answer(one.steps)}"
+    result = apr.NONE if one.steps is None else f"{apr.ANSWER} {steps_text(one.steps)}"
+    return f" {_opening(one.move)}\n{one.lines} {label}: {result}"
 
 
 def _chosen(tried: Sequence[_Try]) -> str:
