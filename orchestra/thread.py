@@ -88,6 +88,11 @@ class Thread:
         return self._node.finish_reason if self._node is not None else None
 
     @property
+    def end(self) -> Edge | None:
+        """The node of the last generation, and how much of it this thread keeps; None before the first."""
+        return Edge(self._node.id, self._length) if self._node is not None else None
+
+    @property
     def logprob(self) -> float | None:
         """Sum of the raw log-probabilities of the last generation (nats); None if the engine does not report them."""
         values = self.logprobs

@@ -96,12 +96,12 @@ def test_weights_apply_to_the_right_tokens() -> None:
     for one in generate("small", "train", 20):
         for demonstration in (spawn_join(one, rng)[0], serial(one, rng), *balanced_children(one, rng)):
             made = row(demonstration, weights)
-            assert made.ids[0] == tokenizer.BOS
-            assert made.ids[-1] == tokenizer.EOS
-            assert len(made.ids) == len(made.weights)
-            tag = made.ids.index(ANSWER)
+            assert made.tokens[0] == tokenizer.BOS
+            assert made.tokens[-1] == tokenizer.EOS
+            assert len(made.tokens) == len(made.weights)
+            tag = made.tokens.index(ANSWER)
             given_tokens = len(tokenizer.encode(demonstration.segments[0].text)) + 1
-            for place, (token, weight) in enumerate(zip(made.ids, made.weights, strict=True)):
+            for place, (token, weight) in enumerate(zip(made.tokens, made.weights, strict=True)):
                 if place < given_tokens:
                     assert weight == 0
                 elif place > tag:
@@ -129,7 +129,7 @@ def test_both_behaviours_get_equal_tokens_on_four_numbers() -> None:
     mixture = Mixture(1, 3000, {"small": 0.5, "hard": 0.5})
     tokens = dict.fromkeys(CYCLE, 0)
     for step in range(240):
-        tokens[CYCLE[step % len(CYCLE)]] += sum(len(made.ids) for made in mixture.batch(step))
+        tokens[CYCLE[step % len(CYCLE)]] += sum(len(made.tokens) for made in mixture.batch(step))
     assert abs(tokens["spawn_join"] / tokens["serial"] - 1) < 0.05
 
 

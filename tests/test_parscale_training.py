@@ -24,7 +24,7 @@ from orchestra.evaluation.countdown import LEVELS, Level, split_of  # noqa: E402
 from orchestra.parscale.model import ParScale  # noqa: E402
 from orchestra.training import tokenizer as words  # noqa: E402
 from orchestra.training.config import ParScaleConfig, read_config  # noqa: E402
-from orchestra.training.mixture import Row  # noqa: E402
+from orchestra.training.flatten import Row  # noqa: E402
 from orchestra.training.parscale import build_model, row_losses, train_parscale, validate  # noqa: E402
 from orchestra.training.parscale_data import load_data, row  # noqa: E402
 
@@ -70,9 +70,9 @@ def test_the_validation_loss_is_that_of_the_saved_model(run: Path) -> None:
     held_out = load_data(smoke(), AutoTokenizer.from_pretrained(run / "final")).held_out
     assert sum(map(len, held_out)) >= 16
     for made in (made for batch in held_out for made in batch):  # one row at a time, without padding
-        logs = final(torch.tensor([made.ids])).logits[0].log_softmax(-1).detach()
-        for place in range(1, len(made.ids)):
-            total -= made.weights[place] * float(logs[place - 1, made.ids[place]])
+        logs = final(torch.tensor([made.tokens])).logits[0].log_softmax(-1).detach()
+        for place in range(1, len(made.tokens)):
+            total -= made.weights[place] * float(logs[place - 1, made.tokens[place]])
             weight += made.weights[place]
     assert curve[10] == pytest.approx(total / weight, abs=2e-5)
     assert validate(final, held_out).loss == pytest.approx(total / weight, rel=1e-4)
@@ -96,7 +96,7 @@ def test_held_out_problems_are_of_the_dev_split_and_every_arm_sees_the_same_batc
     assert [one.training.batch(step) for step in range(4)] == [four.training.batch(step) for step in range(4)]
     assert load_data(smoke("seed=7"), loaded).training.batch(0) != one.training.batch(0)
     for batches, split in ((one.held_out, "dev"), ([one.training.batch(step) for step in range(5)], "train")):
-        found = {problem_split(loaded.decode(made.ids)) for batch in batches for made in batch}
+        found = {problem_split(loaded.decode(made.tokens)) for batch in batches for made in batch}
         assert found - {None} == {split}
 
 
@@ -136,18 +136,18 @@ def test_what_is_given_is_not_learned() -> None:
     loaded.chat_template = CHAT
     prompt, completion = " numbers: 3 7 target: 10", " 3 + 7 = 10"
     asked, told = words.encode(prompt), words.encode(completion)
-    assert row({"text": prompt}, loaded, 99) == Row([words.BOS, *asked, words.EOS], [1.0] * (len(asked) + 2))
+    assert row({"text": prompt}, loaded, 99) == Row.sequence([words.BOS, *asked, words.EOS], [1.0] * (len(asked) + 2))
     both = row({"prompt": prompt, "completion": completion}, loaded, 99)
-    assert both.ids == [words.BOS, *asked, *told, words.EOS]
+    assert both.tokens == [words.BOS, *asked, *told, words.EOS]
     assert both.weights == [0.0] * (len(asked) + 1) + [1.0] * (len(told) + 1)
     cut = row({"prompt": prompt, "completion": completion}, loaded, 3)
-    assert (cut.ids, cut.weights) == (both.ids[:3], [0.0] * 3)
+    assert (cut.tokens, cut.weights) == (both.tokens[:3], [0.0] * 3)
     turns = [{"role": "spawn:", "content": "3 7"}, {"role": "answer:", "content": "10"}]
     talk = row({"messages": turns}, loaded, 99)
-    assert talk.weights == [1.0] * len(talk.ids)
+    assert talk.weights == [0.0, *[1.0] * (len(talk) - 1)]
     half = row({"prompt": turns[:1], "completion": turns[1:]}, loaded, 99)
-    assert half.ids == talk.ids
-    assert [token for token, weight in zip(half.ids, half.weights, strict=True) if weight] == words.encode(
+    assert half.tokens == talk.tokens
+    assert [token for token, weight in zip(half.tokens, half.weights, strict=True) if weight] == words.encode(
         " answer: : 10"
     )
 
@@ -192,7 +192,7 @@ def test_the_standard_error_is_that_of_a_ratio() -> None:
     ("overrides", "message"),
     [
         (["streams=1"], "leaves nothing to train"),
-        (["train=some"], "train is all or streams, not 'some'"),
+        (["train=some"], "train: Input should be 'all' or 'streams'"),
         (["backbone="], "backbone: is missing"),
         (["backbone=./nowhere"], "no model folder './nowhere'"),
         (["data=./nowhere.jsonl"], "cannot load the data ./nowhere.jsonl"),

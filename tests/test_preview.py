@@ -71,11 +71,11 @@ def test_pictures_are_written(orchestra: Main, rows: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing-here"], "cannot load the data nothing-here"),
+        (["nothing-here"], "nothing-here"),
         (["ROWS", "--row", "7"], "there is no row 7"),
         (["ROWS", "--entries", "a:b"], "--entries is of the form A:B"),
         (["ROWS", "--out", "x.gif"], "--out is a .html or .png file"),
-        (["ROWS", "--model", "no-such-folder/x"], "cannot load the tokenizer"),
+        (["ROWS", "--model", "no-such-folder/x"], "no-such-folder"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(orchestra: Main, rows: Path, words: list[str], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
 
 from orchestra.training import sft, tokenizer  # noqa: E402
-from orchestra.training.mixture import Row  # noqa: E402
+from orchestra.training.collate import GraphCollator  # noqa: E402
+from orchestra.training.flatten import Row  # noqa: E402
+from orchestra.training.trainer import WeightedSFTTrainer  # noqa: E402
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 
@@ -46,28 +49,37 @@ def test_a_resumed_run_ends_in_the_same_weights(run: Path, tmp_path: Path) -> No
     assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
-def test_the_loss_is_the_weighted_mean(run: Path, tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig
-
-    config = sft.load_config(CONFIG)
-    model = sft.build_model(config)
-    trainer = sft.WeightedSFTTrainer(
-        mixture=sft.build_mixture(config),
+def test_the_loss_is_the_weighted_mean(tmp_path: Path) -> None:
+    config = sft.load_config(CONFIG, [f"output={tmp_path}"])
+    words = sft.build_tokenizer(config)
+    model = sft.build_model(config, words)
+    rows = [Row.sequence([1, 20, 30, 40, 2], [0, 0, 1, 6, 4]), Row.sequence([1, 25, 2], [0, 0, 2])]
+    trainer = WeightedSFTTrainer(
+        batches=Given(rows),
+        collator=GraphCollator(tokenizer.PAD),
         model=model,
-        args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_dict({"step": [0]}),
-        processing_class=tokenizer.build(),
+        args=sft.options(config, 1),
+        processing_class=words,
     )
-    rows = [Row([1, 20, 30, 40, 2], [0, 0, 1, 6, 4]), Row([1, 25, 2], [0, 0, 2])]
-    loss = trainer.compute_loss(model, sft.collate(rows)).detach()
+    (inputs,) = trainer.get_train_dataloader()
+    loss = trainer.compute_loss(model, inputs).detach()
     total = weight = 0.0
     for made in rows:  # one row at a time, without padding
-        logs = model(torch.tensor([made.ids])).logits[0].log_softmax(-1).detach()
-        for place in range(1, len(made.ids)):
-            total -= made.weights[place] * float(logs[place - 1, made.ids[place]])
+        logs = model(torch.tensor([made.tokens])).logits[0].log_softmax(-1).detach()
+        for place in range(1, len(made)):
+            total -= made.weights[place] * float(logs[place - 1, made.tokens[place]])
             weight += made.weights[place]
     assert float(loss) == pytest.approx(total / weight, rel=1e-5)
+
+
+@dataclass
+class Given:
+    """The same rows at every step."""
+
+    rows: list[Row]
+
+    def batch(self, step: int) -> list[Row]:
+        return self.rows
 
 
 @pytest.mark.parametrize(

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestra.cli import data_make
+from orchestra.cli import data_check, data_make
 from orchestra.errors import UsageError
 from orchestra.extras import require
 
 app = typer.Typer(help="Make, check and look at training data.", no_args_is_help=True)
 app.command("make")(data_make.command)
+app.command("check")(data_check.command)
+
+
+class Layout(Enum):
+    """How texts become rows."""
+
+    graph = "graph"
+    trie = "trie"
 
 
 @app.command()
 def preview(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A data set of rows: a folder, parquet or JSONL.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="Rows or texts: a folder of datasets, parquet, JSONL, or an id.")
+    ],
     row: Annotated[int, typer.Option("--row", help="Which row, from 0.")] = 0,
     model: Annotated[
         str,
         typer.Option(
-            "--model", help="Whose tokenizer shows the tokens: a folder or an id; default: the embedded model's."
+            "--model", help="Whose tokenizer the rows are in: a folder or an id; default: the embedded model's."
         ),
     ] = "",
+    language: Annotated[str, typer.Option("--language", help="Of texts that do not say.")] = "plain",
+    layout: Annotated[
+        Layout, typer.Option("--layout", help="Of texts; see configs/threadweaver-sft.yaml.")
+    ] = Layout.graph,
     entries: Annotated[str, typer.Option("--entries", metavar="A:B", help="Which entries the terminal shows.")] = "",
     out: Annotated[
         Path | None, typer.Option("--out", help="Write a picture: FILE.html or FILE.png.", show_default=False)
@@ -39,8 +54,8 @@ def preview(
 
     from orchestra.training import preview as pictures
 
-    chosen, words = pictures.read(file, row, model)
-    title = f"{file.name}, row {row}"
+    chosen, words = pictures.read(file, row, model, language, layout.value)
+    title = f"{Path(file).name}, row {row}"
     if out is None:
         console = Console()
         fitting = max(10, console.width - 50)

@@ -45,6 +45,9 @@ def command(
     top_p: options.TopP = 1.0,
     concurrency: Annotated[int, typer.Option(help="Samples that run at a time.", min=1, max=100_000)] = 32,
     budget: options.Budget = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="Keep thread graphs too, to learn from (orchestra data make DIR).")
+    ] = False,
 ) -> None:
     """Evaluate a strategy on a task. Every finished sample is kept; the same --out goes on where it stopped."""
     from orchestra.evaluation.store import Plan
@@ -74,10 +77,10 @@ def command(
     )
     if plan.limit * plan.repeats > _MOST_SAMPLES:
         raise UsageError(f"--limit x --repeats is {plan.limit * plan.repeats:,} samples, more than {_MOST_SAMPLES:,}")
-    asyncio.run(_evaluate(loaded, plan, out or default_folder(plan), concurrency))
+    asyncio.run(_evaluate(loaded, plan, out or default_folder(plan), concurrency, traces))
 
 
-async def _evaluate(task: Task, plan: Plan, folder: Path, concurrency: int) -> None:
+async def _evaluate(task: Task, plan: Plan, folder: Path, concurrency: int, traces: bool) -> None:
     from rich.console import Console
 
     import orchestra
@@ -86,6 +89,7 @@ async def _evaluate(task: Task, plan: Plan, folder: Path, concurrency: int) -> N
     from orchestra.evaluation.runner import evaluate, manifest_of
     from orchestra.evaluation.store import RunStore
     from orchestra.evaluation.summary import summarise
+    from orchestra.evaluation.traces import Traces
 
     items = task.items(plan.limit)
     console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -108,7 +112,14 @@ async def _evaluate(task: Task, plan: Plan, folder: Path, concurrency: int) -> N
             try:
                 with progress:
                     await evaluate(
-                        connection, task, plan, keep, items=items, skip=set(store.records), concurrency=concurrency
+                        connection,
+                        task,
+                        plan,
+                        keep,
+                        items=items,
+                        skip=set(store.records),
+                        concurrency=concurrency,
+                        on_outcome=Traces(folder).append if traces else None,
                     )
             except asyncio.CancelledError as error:
                 raise Interrupted(_how_to_go_on(store, plan)) from error

@@ -11,9 +11,10 @@ from orchestra.errors import UsageError
 from orchestra.extras import require
 
 if TYPE_CHECKING:
-    from orchestra.training.config import ParScaleConfig, TrainingConfig
+    from orchestra.training.config import ParScaleConfig
+    from orchestra.training.sft_config import SupervisedConfig
 
-Config = TypeVar("Config", "TrainingConfig", "ParScaleConfig")
+Config = TypeVar("Config", "SupervisedConfig", "ParScaleConfig")
 
 app = typer.Typer(help="Train a model from a YAML file.", no_args_is_help=True)
 
@@ -25,12 +26,14 @@ def sft(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
     """Supervised training on demonstrations."""
-    from orchestra.training.config import TrainingConfig
+    from orchestra.training.sft_config import SupervisedConfig
 
-    loaded = _load(TrainingConfig, config, overrides, resume)
+    loaded = _load(SupervisedConfig, config, overrides, resume)
+    from accelerate import PartialState
+
     from orchestra.training.sft import train_sft
 
-    print(train_sft(loaded, resume=resume))
+    PartialState().print(train_sft(loaded, resume=resume))  # once, of however many processes
 
 
 @app.command()

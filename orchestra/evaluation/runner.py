@@ -58,6 +58,7 @@ async def evaluate(
     items: list[Item] | None = None,
     skip: Container[Key] = (),
     concurrency: int = 32,
+    on_outcome: Callable[[Record, Outcome], None] | None = None,
 ) -> None:
     """Run all samples of `plan` but those in `skip`; `on_record` gets each as it finishes.
 
@@ -73,6 +74,7 @@ async def evaluate(
         items: the task's items, if they are at hand already.
         skip: samples that are stored already.
         concurrency: samples that run at a time; each may run many threads.
+        on_outcome: called before `on_record` with all that is known of a sample that has not failed.
 
     Raises:
         OrchestraError: the first error that was not an engine's.
@@ -108,7 +110,7 @@ async def evaluate(
         except EngineError as error:
             failure = " ".join(str(error).split())
             return Record(task=plan.task, id=item.id, repeat=repeat, seed=seed, error=failure)
-        return Record(
+        record = Record(
             task=plan.task,
             id=item.id,
             repeat=repeat,
@@ -120,6 +122,9 @@ async def evaluate(
             stopped_by=outcome.stopped_by,
             usage=outcome.usage,
         )
+        if on_outcome is not None:
+            on_outcome(record, outcome)
+        return record
 
     async def work() -> None:
         for item, repeat in waiting:

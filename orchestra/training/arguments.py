@@ -1,26 +1,30 @@
-"""What all trainings say to transformers' trainer."""
+"""What all trainings say to transformers' trainer, and how they begin and end."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 if TYPE_CHECKING:
-    from orchestra.training.config import ParScaleConfig, TrainingConfig
+    from orchestra.training.config import ParScaleConfig
     from orchestra.training.dictation_sft import DictationConfig
+    from orchestra.training.sft_config import SupervisedConfig
 
 
-def arguments(config: TrainingConfig | ParScaleConfig | DictationConfig) -> dict[str, Any]:
+def arguments(config: SupervisedConfig | ParScaleConfig | DictationConfig, steps: int) -> dict[str, Any]:
     """Of `TrainingArguments`: a batch a step, made by the collator; warm-up, constant, then linear decay to zero."""
     return {
         "output_dir": config.output,
         "seed": config.seed,
-        "max_steps": config.steps,
+        "max_steps": steps,
         "per_device_train_batch_size": 1,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {"num_decay_steps": int(config.steps * config.decay_share), "decay_type": "linear"},
+        "lr_scheduler_kwargs": {"num_decay_steps": int(steps * config.decay_share), "decay_type": "linear"},
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "save_steps": config.save_every,
@@ -30,3 +34,16 @@ def arguments(config: TrainingConfig | ParScaleConfig | DictationConfig) -> dict
         "report_to": [],
         "disable_tqdm": True,
     }
+
+
+def start(config: SupervisedConfig | ParScaleConfig | DictationConfig) -> Path:
+    """The output folder, with the configuration in it."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False), encoding="utf-8")
+    return output
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, which YAML can say."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

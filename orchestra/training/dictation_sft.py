@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from orchestra.training import tokenizer
-from orchestra.training.arguments import arguments
+from orchestra.training.arguments import arguments, start
 from orchestra.training.concurrent import concurrent_row, forward
 from orchestra.training.config import read_config
 from orchestra.training.dictation import HEADERS, PROMPT, TOKENS, WORDS, build_graph, draw
@@ -161,13 +160,11 @@ def train(config: DictationConfig, *, resume: bool = False) -> Path:
     Returns:
         The folder of the final Hugging Face model.
     """
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    output = start(config)
     batches = Batches(config)
     trainer = ConcurrentTrainer(
         model=build_model(config),
-        args=TrainingArguments(**arguments(config), adam_beta2=0.98, logging_steps=50),
+        args=TrainingArguments(**arguments(config, config.steps), adam_beta2=0.98, logging_steps=50),
         train_dataset=range(config.steps),
         data_collator=lambda steps: batches(steps[0]),
         processing_class=build_tokenizer(),

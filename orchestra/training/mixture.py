@@ -7,15 +7,15 @@ would have seen. Batches hold a budget of tokens, not a count of sequences, and 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import count
-from typing import TypeVar
 
 from orchestra.evaluation.countdown import Instance, Split, moves, reachable, stream
 from orchestra.training import demonstrations
 from orchestra.training.demonstrations import Demonstration
+from orchestra.training.flatten import Row
 from orchestra.training.tokenizer import BOS, EOS, IDS, encode
 
 CYCLE = ("spawn_join", "serial", "spawn_join", "serial", "three")
@@ -23,7 +23,6 @@ CYCLE = ("spawn_join", "serial", "spawn_join", "serial", "three")
 POOL = 16
 """Batches that are drawn, sorted by length and cut together."""
 
-Sized_ = TypeVar("Sized_", bound=Sized)
 HIT, MISS, ANSWER = IDS["hit"], IDS["miss"], IDS["answer:"]
 
 
@@ -42,15 +41,8 @@ class Weights:
     choice: float = 4.0
 
 
-@dataclass(frozen=True)
-class Row:
-    """One training sequence: token ids and their loss weights."""
-
-    ids: list[int]
-    weights: list[float]
-
-    def __len__(self) -> int:
-        return len(self.ids)
+WEIGHTS = tuple(one.name for one in fields(Weights))
+"""Their names."""
 
 
 def row(demonstration: Demonstration, weights: Weights) -> Row:
@@ -66,7 +58,7 @@ def row(demonstration: Demonstration, weights: Weights) -> Row:
             else:
                 values.append({HIT: weights.hit, MISS: weights.miss}.get(token, weights.other))
                 answering = token == ANSWER
-    return Row([*ids, EOS], [*values, weights.answer])
+    return Row.sequence([*ids, EOS], [*values, weights.answer])
 
 
 class Mixture:
@@ -121,10 +113,10 @@ class Mixture:
         total, wanted = 0, POOL * self.tokens
         for demonstration in self._demonstrations(kind, rng):
             made = row(demonstration, self.weights)
-            if len(made.ids) > self.longest:
+            if len(made) > self.longest:
                 continue
             rows.append(made)
-            total += len(made.ids)
+            total += len(made)
             if total >= wanted:
                 batches = cut(rows, self.tokens)
                 if len(batches) >= POOL:
@@ -161,9 +153,9 @@ class Mixture:
                 yield next(solvable[level])
 
 
-def cut(rows: Sequence[Sized_], tokens: int) -> list[list[Sized_]]:
+def cut(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     """Batches of like length that hold `tokens` with their padding, as nearly as whole rows can on average."""
-    batches: list[list[Sized_]] = []
+    batches: list[list[Row]] = []
     for made in sorted(rows, key=len):
         # Ascending order: the newest row is the longest of its batch. Rounding to the nearest row rather than down
         # gives long sequences (serial search) the same tokens a batch as short ones.

@@ -6,22 +6,29 @@ that are written again as text are merged with the branches that they came from,
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestra.evaluation.countdown import Instance, stream
 from orchestra.graph import Span
 from orchestra.runtime.engine import Prompt
+from orchestra.runtime.openings import KEY
 from orchestra.training import tokenizer
 from orchestra.training.flatten import Row, flatten
 from orchestra.training.graphs import graph_of
 from orchestra.training.mixture import ANSWER, HIT, MISS, POOL, Mixture, Weights, cut
-from orchestra.training.parallel_demonstrations import BEHAVIOURS, Told
+from orchestra.training.parallel_demonstrations import BEHAVIOURS, DRAFTS, OPENINGS, Told
 from orchestra.training.tokenizer import BOS, EOS, IDS, LABELS, WORKERS
 from orchestra.training.trie import merge_graph
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FAILED = re.compile(r"(\n \d+: )none(</(?:Path|Thread)>)")
 LINE = IDS["\n"]
@@ -89,28 +96,17 @@ class Languages:
     """Training batches by step: a function of the seed and the step alone.
 
     Args:
-        old: batches of serial search and spawn/join, by step.
-        seed: fixes every batch.
-        tokens: budget of a batch, padding included.
-        levels: level names and their shares.
-        weights: loss weights.
-        longest: rows above this are left out.
+        old: batches of serial search and spawn/join, with the budget of a batch and the loss weights.
+        seed: of the new behaviours.
+        levels: level names and their shares, of the new behaviours.
+        longest: rows of new behaviours above this are left out.
         spelled: paths that found nothing end with `answer: none` instead of `none`.
     """
 
     def __init__(
-        self,
-        old: Mixture,
-        seed: int,
-        tokens: int,
-        levels: dict[str, float],
-        weights: Weights,
-        longest: int,
-        spelled: bool = False,
+        self, old: Mixture, seed: int, levels: Mapping[str, float], longest: int = 2000, spelled: bool = False
     ) -> None:
-        self.old, self.seed, self.tokens, self.levels = old, seed, tokens, levels
-        self.weights, self.longest = weights, longest
-        self.spelled = spelled
+        self.old, self.seed, self.levels, self.longest, self.spelled = old, seed, dict(levels), longest, spelled
         self._pool = lru_cache(maxsize=2 * len(set(CYCLE)))(self._make_pool)
 
     def batch(self, step: int) -> list[Row]:
@@ -120,7 +116,7 @@ class Languages:
         index = cycle * CYCLE.count(kind) + CYCLE[:place].count(kind)
         if kind in NEW:
             return self._pool(kind, index // POOL)[index % POOL]
-        return [Row.sequence(row.ids, row.weights) for row in self.old.nth(kind, index)]
+        return self.old.nth(kind, index)
 
     def _make_pool(self, kind: str, number: int) -> list[list[Row]]:
         rng = random.Random(f"languages/{self.seed}/{kind}/{number}")
@@ -130,12 +126,12 @@ class Languages:
             told = BEHAVIOURS[kind](instance, rng)
             if self.spelled:
                 told = replace(told, text=_FAILED.sub(r"\1answer: none\2", told.text))
-            row = row_of(told, self.weights)
+            row = row_of(told, self.old.weights)
             if len(row) > self.longest:
                 continue
             rows.append(row)
             total += len(row)
-            if total >= (POOL + 1) * self.tokens and len(batches := cut(rows, self.tokens)) >= POOL:
+            if total >= (POOL + 1) * self.old.tokens and len(batches := cut(rows, self.old.tokens)) >= POOL:
                 break
         rng.shuffle(batches)
         return batches[:POOL]
@@ -144,3 +140,26 @@ class Languages:
         streams = {level: stream(level, self.old.split, rng) for level in self.levels}
         while True:
             yield next(streams[rng.choices(list(self.levels), list(self.levels.values()))[0]])
+
+
+def grow(model: PreTrainedModel, seed: int) -> None:
+    """Add rows for `LANGUAGE_WORDS` and `TAGS`: the mean of the old ones, and noise of their spread, by the seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    old, size = model.get_input_embeddings().weight.shape[0], len(IDS)
+    if old >= size:
+        return
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            mean, spread = table[:old].mean(0), table[:old].std(0)
+            table[old:] = mean + spread * torch.randn(size - old, table.shape[1], generator=generator)
+
+
+def tell_openings(folder: Path) -> None:
+    """Write into a model's ``config.json`` what is forced so that it speaks a language; see `Engine.openings`."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config[KEY] = {"openings": {**OPENINGS, "drafts": DRAFTS}}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

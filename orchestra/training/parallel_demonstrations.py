@@ -4,8 +4,8 @@ All of them say what `orchestra.training.demonstrations` says, in other tags: fi
 numbers that each leaves, and an answer. On both levels they look at a random few of the first steps, in order.
 
 A thread or path begins with its outline and ends with a result that begins with its label, `` 3: answer: STEPS`` or
-`` 3: none``. The last line repeats the result that was chosen, label and all: what is joined by reuse stands at the same
-positions as its siblings, and the label is what tells them apart.
+`` 3: none``. The last line repeats the result that was chosen, label and all: what is joined by reuse stands at the
+same positions as its siblings, and the label is what tells them apart.
 """
 
 from __future__ import annotations

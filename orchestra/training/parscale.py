@@ -7,13 +7,10 @@ model on the same batches in the same order, which is what a comparison needs.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -24,11 +21,13 @@ from orchestra.parscale.initial import fresh_streams
 from orchestra.parscale.layout import is_parscale, read_config
 from orchestra.parscale.model import ParScale
 from orchestra.runtime.local.sources import load_tokenizer
-from orchestra.training.arguments import arguments
+from orchestra.training.arguments import arguments, start
+from orchestra.training.collate import GraphCollator
 from orchestra.training.config import ParScaleConfig
-from orchestra.training.mixture import Row
+from orchestra.training.flatten import Row
 from orchestra.training.parscale_data import load_data
-from orchestra.training.sft import Journal, WeightedSFTTrainer, collate
+from orchestra.training.tokenizer import PAD
+from orchestra.training.trainer import Journal, WeightedSFTTrainer
 
 
 class Validation(NamedTuple):
@@ -70,6 +69,7 @@ def row_losses(model: Any, batches: list[list[Row]]) -> Tensor:
     """Of each row the summed weighted cross-entropy in nats, and the summed weights: `[rows, 2]`, in float64."""
     training = model.training
     model.eval()
+    collate = GraphCollator(PAD)
     found = []
     for batch in batches:
         inputs = {name: tensor.to(model.device) for name, tensor in collate(batch).items()}
@@ -153,12 +153,10 @@ def train_parscale(config: ParScaleConfig, *, resume: bool = False) -> Path:
     model = build_model(config)
     tokenizer = load_tokenizer(config.backbone)
     data = load_data(config, tokenizer)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    output = start(config)
     journal = ValidationJournal(config, data.held_out)
     options = SFTConfig(
-        **arguments(config),
+        **arguments(config, config.steps),
         adam_beta2=config.beta2,
         max_grad_norm=1.0,
         logging_steps=config.log_every,
@@ -168,12 +166,11 @@ def train_parscale(config: ParScaleConfig, *, resume: bool = False) -> Path:
         dataloader_num_workers=0,
     )
     trainer = StreamTrainer(
-        mixture=data.training,
-        marks={},
+        batches=data.training,
+        collator=GraphCollator(PAD),
         stream_learning_rate=config.stream_learning_rate,
         model=model,
         args=options,
-        train_dataset=Dataset.from_dict({"step": list(range(config.steps))}),
         processing_class=tokenizer,
         callbacks=[journal],
     )

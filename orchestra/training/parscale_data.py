@@ -13,8 +13,9 @@ from orchestra.errors import UsageError
 from orchestra.evaluation.countdown import LEVELS
 from orchestra.training import tokenizer as words
 from orchestra.training.config import ParScaleConfig
-from orchestra.training.mixture import Mixture, Row, cut
-from orchestra.training.sft import Batches
+from orchestra.training.flatten import Row
+from orchestra.training.mixture import Mixture, cut
+from orchestra.training.trainer import Batches
 
 COLUMNS = "a column text, messages, or prompt and completion"
 
@@ -89,7 +90,7 @@ def row(record: Mapping[str, Any], tokenizer: Any, longest: int) -> Row:
     else:
         raise UsageError(f"the data needs {COLUMNS}; this row has {', '.join(record) or 'none'}")
     ids = [token for token in ids if token is not None][:longest]  # not every tokenizer has an end token
-    return Row(ids, [0.0] * min(given, len(ids)) + [1.0] * (len(ids) - given))
+    return Row.sequence(ids, [0.0] * min(given, len(ids)) + [1.0] * (len(ids) - given))
 
 
 def _chat(tokenizer: Any, messages: Any, **options: Any) -> list[int]:

@@ -5,55 +5,57 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from orchestra.errors import UsageError
+from orchestra.runtime.local.sources import tokenizer_at
 from orchestra.training.flatten import Row, dense_mask
+from orchestra.training.sft_config import SupervisedConfig
+from orchestra.training.text_rows import Renderer
+from orchestra.training.texts import PLAIN, example, read_records
+from orchestra.training.vocabulary import default_tags
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+EMBEDDED = Path(__file__).parent.parent / "assets" / "embedded"
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#9c755f", "#edc948")
 """Of nodes, in turn."""
 SHADES = ("blue", "yellow", "green", "red", "cyan", "magenta", "white", "bright_black")
 """The same for terminals."""
 
 
-def read(file: Path, index: int, model: str = "") -> tuple[Row, list[str]]:
+def read(
+    file: str, index: int, model: str = "", language: str = PLAIN, layout: Literal["graph", "trie"] = "graph"
+) -> tuple[Row, list[str]]:
     """A row of a data set, and the text of each of its tokens.
 
     Args:
-        file: a folder that `datasets` wrote.
+        file: rows or texts, whatever `orchestra train sft` takes.
         index: of the row, from 0.
-        model: whose tokenizer wrote it; default: that of the embedded model.
+        model: whose tokenizer wrote the rows, or is to encode the texts; default: the embedded model's.
+        language: of texts that do not say.
+        layout: of texts: see `SupervisedConfig`.
 
     Raises:
-        UsageError: there is no such file, row or tokenizer.
+        UsageError: there is no such file, row or tokenizer, or the text is malformed.
     """
-    import datasets
-
-    try:
-        rows = datasets.load_from_disk(str(file))
-    except Exception as error:
-        raise UsageError(f"cannot load the data {file}: {' '.join(str(error).split())[:300]}") from error
-    if not 0 <= index < len(rows):
-        raise UsageError(f"{file} has rows 0 to {len(rows) - 1}; there is no row {index}")
-    row = Row.from_columns(rows[index])
-    tokenizer = load_tokenizer(model)
+    records = read_records(file)
+    if not 0 <= index < len(records):
+        raise UsageError(f"{file} has rows 0 to {len(records) - 1}; there is no row {index}")
+    record = records[index]
+    tokenizer = tokenizer_at(model or str(EMBEDDED))
+    if "input_ids" in record:
+        row = Row.from_columns(record)
+    else:
+        known = example(record, language)
+        tokenizer.add_tokens([tag for tag in default_tags(known.language) if tag not in tokenizer.get_vocab()])
+        row = Renderer(tokenizer, SupervisedConfig(layout=layout, longest=1 << 30)).parallel(known)
+    if row.tokens and max(row.tokens) >= len(tokenizer):
+        raise UsageError(f"row {index} has token {max(row.tokens)}: it is in another model's tokens (--model)")
     return row, [tokenizer.decode([token]) for token in row.tokens]
-
-
-def load_tokenizer(model: str = "") -> Any:
-    """The tokenizer of a model; default: of the embedded one."""
-    from transformers import AutoTokenizer
-
-    source = model or str(Path(__file__).parent.parent / "assets" / "embedded")
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load the tokenizer of {source}: {' '.join(str(error).split())[:200]}") from error
 
 
 def visible(word: str) -> str:

@@ -1,183 +1,228 @@
-"""Trains the embedded model: ``python -m orchestra.training.sft configs/embedded.yaml [key=value ...] [--resume]``.
+"""Supervised training on demonstrations: `orchestra train sft CONFIG.yaml [key=value ...] [--resume]`.
 
-TRL's `SFTTrainer` with three changes: rows are step numbers whose batches `Mixture` draws, the loss is weighted by
-token, and probes on the dev split run along. The model is a Llama of under a million parameters from scratch.
+Texts with tags, rows that were made before, or Countdown generated on the fly; a model from a folder, an id, or
+untrained; all of it or an adapter. docs/sft.md leads a user through.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import time
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import yaml
-from datasets import Dataset
-from torch.nn import functional
+from accelerate import PartialState
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    TrainerCallback,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from orchestra.training import tokenizer
-from orchestra.training.arguments import arguments
-from orchestra.training.config import TrainingConfig, load_config
-from orchestra.training.mixture import HIT, MISS, Mixture, Row, Weights
+from orchestra.errors import UsageError
+from orchestra.runtime.local.sources import load_tokenizer, local_folder, read, tokenizer_at
+from orchestra.training import lora, text_tokenizer
+from orchestra.training import tokenizer as words
+from orchestra.training.arguments import arguments, start
+from orchestra.training.collate import GraphCollator
+from orchestra.training.mixture import HIT, MISS
+from orchestra.training.multilingual import grow, tell_openings
+from orchestra.training.sft_config import SupervisedConfig, load_config
+from orchestra.training.sft_data import Data, load_data
+from orchestra.training.trainer import Journal, WeightedSFTTrainer
+from orchestra.training.vocabulary import add_tags, default_tags, tags_of
+
+__all__ = [
+    "Data",
+    "SupervisedConfig",
+    "build_model",
+    "build_tokenizer",
+    "load_config",
+    "load_data",
+    "train",
+    "train_sft",
+]
 
 MARKS = {"hit": HIT, "miss": MISS}
 
 
-def build_model(config: TrainingConfig) -> LlamaForCausalLM:
-    """The untrained model, its weights fixed by the seed."""
+def build_tokenizer(config: SupervisedConfig) -> Any:
+    """The tokenizer of a run, before tags are added."""
+    context = config.model.get("max_position_embeddings", 4096) if isinstance(config.model, dict) else 4096
+    if config.tokenizer == "countdown":
+        return words.build(context)
+    if config.tokenizer == "multilingual":
+        return words.multilingual(context)
+    if config.tokenizer == "text":
+        return text_tokenizer.build(context, words=(), tags=())
+    if config.tokenizer:
+        return tokenizer_at(config.tokenizer)
+    if not isinstance(config.model, str):
+        raise UsageError("an untrained model needs a tokenizer: a folder, an id, countdown or text")
+    if config.revision is None:
+        return load_tokenizer(config.model)
+    model, revision = config.model, config.revision
+    return read(lambda: AutoTokenizer.from_pretrained(model, revision=revision), model)
+
+
+def build_model(config: SupervisedConfig, tokenizer: Any) -> Any:
+    """The model of a run, before tags are added; the weights of an untrained one are fixed by the seed.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attention}
+    if isinstance(config.model, str):
+        if not config.model:
+            raise UsageError("model: is missing: a folder or Hugging Face id, or the keys of an untrained one")
+        place, local = config.model, local_folder(config.model)
+        options |= {"revision": config.revision, "local_files_only": local}
+        return read(lambda: AutoModelForCausalLM.from_pretrained(place, **options), place)
+    keys: dict[str, Any] = {"vocab_size": len(tokenizer)}
+    keys |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    keys |= config.model
+    if "model_type" not in keys:
+        raise UsageError("model: an untrained model needs its model_type, such as llama")
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer.vocabulary()),
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=config.context,
-            bos_token_id=tokenizer.BOS,
-            eos_token_id=tokenizer.EOS,
-            pad_token_id=tokenizer.PAD,
-            tie_word_embeddings=False,
-            initializer_range=0.02,
-            attn_implementation="sdpa",
-        )
-    )
-    return model
-
-
-def build_mixture(config: TrainingConfig) -> Mixture:
-    """The batches that the configuration asks for."""
-    return Mixture(
-        config.seed,
-        config.batch_tokens,
-        config.levels,
-        unsolvable=config.unsolvable,
-        conditioned=config.conditioned,
-        most_children=config.most_children,
-        weights=Weights(config.hit_weight, config.miss_weight, config.answer_weight),
-        longest=config.context,
-    )
-
-
-def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Rows padded on the right: ``input_ids`` and ``loss_weights``, both [rows, longest].
-
-    There is no attention mask: under a causal mask no real token sees the padding, and padding weighs nothing.
-    """
-    longest = max(len(made.ids) for made in rows)
-    ids = torch.full((len(rows), longest), tokenizer.PAD)
-    weights = torch.zeros((len(rows), longest))
-    for index, made in enumerate(rows):
-        ids[index, : len(made.ids)] = torch.tensor(made.ids)
-        weights[index, : len(made.weights)] = torch.tensor(made.weights)
-    return {"input_ids": ids, "loss_weights": weights}
-
-
-class Batches(Protocol):
-    """Where batches come from: a function of the step alone, so that a resumed run sees the same."""
-
-    def batch(self, step: int) -> list[Row]:
-        """The batch of one optimiser step."""
-
-
-class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to mypy
-    """`SFTTrainer` whose dataset rows are step numbers, drawn in order, and whose loss is weighted by token.
-
-    `marks` names tokens whose accuracy is logged.
-    """
-
-    def __init__(self, *, mixture: Batches, marks: Mapping[str, int] = MARKS, **options: Any) -> None:
-        super().__init__(data_collator=lambda examples: collate(mixture.batch(examples[0]["step"])), **options)
-        self.marks = marks
-        # The weighted mean below is already normalised; Trainer must not divide it by a token count.
-        self.model_accepts_loss_kwargs = False
-        self.tokens_seen = 0
-
-    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The mean cross-entropy weighted by ``loss_weights``; accuracies on marks go to the log."""
-        ids, weights = inputs["input_ids"], inputs["loss_weights"][:, 1:]
-        outputs = model(input_ids=ids[:, :-1], use_cache=False)
-        labels = ids[:, 1:]
-        losses = functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="none")
-        loss = (losses.view_as(weights) * weights).sum() / weights.sum()
-        with torch.no_grad():
-            self.tokens_seen += int((ids != tokenizer.PAD).sum())
-            learned = weights > 0
-            right = outputs.logits.argmax(-1) == labels
-            groups = {name: labels == mark for name, mark in self.marks.items()} | {"token": learned}
-            for name, chosen in groups.items():
-                chosen = chosen & learned
-                if bool(chosen.any()):
-                    self._metrics["train"][f"{name}_accuracy"].append(float(right[chosen].float().mean()))
-        return (loss, outputs) if return_outputs else loss
-
-
-class Journal(TrainerCallback):  # type: ignore[misc]
-    """Writes log lines to ``log.jsonl`` of a run's folder."""
-
-    def __init__(self, output: str | Path) -> None:
-        self.file = Path(output) / "log.jsonl"
-        self.started = time.monotonic()
-        self.trainer: WeightedSFTTrainer | None = None
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
-        seconds = round(time.monotonic() - self.started, 1)
-        tokens = self.trainer.tokens_seen if self.trainer else 0
-        shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds, "tokens": tokens, **shown}) + "\n")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Keep a log line."""
-        self.write(state.global_step, logs or {})
+    return read(lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), **options), keys["model_type"])
 
 
 class ProbeJournal(Journal):
-    """A journal of log lines and of probes."""
+    """A journal of log lines and of probes of Countdown."""
 
-    def __init__(self, config: TrainingConfig) -> None:
+    def __init__(self, config: SupervisedConfig) -> None:
         super().__init__(config.output)
         self.config = config
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe the model now and then."""
-        if self.config.probe_every and state.global_step % self.config.probe_every == 0:
+        every, mixture = self.config.probe_every, self.config.mixture
+        if every and mixture and state.global_step % every == 0 and state.is_world_process_zero:
             from orchestra.training.probe import probe
 
-            for level in self.config.levels:
+            for level in mixture["levels"]:
                 # A model that has not learned to stop would run to the end of the context.
                 report = probe(kwargs["model"], level, "dev", self.config.probe_items, mode="spawn_join", longest=448)
                 self.write(state.global_step, {"probe": asdict(report)})
 
 
-def train_sft(config: TrainingConfig, *, resume: bool = False) -> Path:
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "wsd": {},
+    **{name: {"lr_scheduler_type": name, "lr_scheduler_kwargs": {}} for name in ("cosine", "linear")},
+    "constant": {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}},
+}
+
+
+def options(config: SupervisedConfig, steps: int, **more: Any) -> SFTConfig:
+    """What a run says to TRL.
+
+    Raises:
+        UsageError: arguments that do not exist or do not go together; several GPUs in one process, where a batch would
+            be torn apart.
+    """
+    if config.warmup_share:
+        config = replace(config, warmup_steps=math.ceil(config.warmup_share * steps))
+    told = (
+        arguments(config, steps)
+        | SCHEDULES[config.schedule]
+        | {
+            "adam_beta1": config.beta1,
+            "adam_beta2": config.beta2,
+            "max_grad_norm": config.max_grad_norm,
+            "gradient_accumulation_steps": config.accumulate,
+            "logging_steps": config.log_every,
+            "bf16": config.bf16,
+            "gradient_checkpointing": config.gradient_checkpointing,
+            "report_to": config.report_to,
+            "ddp_find_unused_parameters": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "dataloader_num_workers": 0,
+            **more,
+        }
+    )
+    try:
+        made = SFTConfig(**told | config.trainer)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"trainer: {error}") from error
+    if made.use_cpu and config.attention == "flex_attention":
+        raise UsageError("attention: flex_attention learns on a GPU only; sdpa takes the same rows (attention=sdpa)")
+    if made.n_gpu > 1:
+        raise UsageError(
+            f"{made.n_gpu} GPUs: start with `accelerate launch -m orchestra train sft ...`, or show it one"
+        )
+    return made
+
+
+def train(
+    config: SupervisedConfig,
+    model: Any,
+    tokenizer: Any,
+    data: Data,
+    *,
+    marks: Mapping[str, int] | None = None,
+    journal: Journal | None = None,
+    resume: bool = False,
+    new: Sequence[int] = (),
+) -> Path:
+    """Train a model on batches of rows, and write it with its tokenizer.
+
+    Args:
+        config: of the run; its model and data are those given here.
+        model: a causal model of transformers.
+        tokenizer: its tokenizer.
+        data: batches, steps and held-out batches.
+        marks: tokens, by name, whose accuracy is logged.
+        journal: writes the log.
+        resume: go on from the newest checkpoint in the output folder.
+        new: ids whose rows are trained in full beside an adapter.
+
+    Returns:
+        The folder of the final model, or of its adapter.
+    """
+    state = PartialState()
+    output = start(config) if state.is_main_process else Path(config.output)
+    evaluates = {"eval_strategy": "steps", "eval_steps": config.evaluate_every or data.steps} if data.held_out else {}
+    told = options(config, data.steps, **evaluates)
+    if config.lora is not None:
+        torch.manual_seed(config.seed)
+        model = lora.adapt(model, config.lora, new)
+    journal = journal or Journal(output)
+    trainer = WeightedSFTTrainer(
+        batches=data.batches,
+        held_out=data.held_out,
+        collator=GraphCollator(_pad(tokenizer), config=model.config, pack=config.packing or None, dtype=model.dtype),
+        marks=marks,
+        model=model,
+        args=told,
+        processing_class=tokenizer,
+        callbacks=[journal],
+    )
+    journal.trainer = trainer
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and config.lora is not None and config.export == "merged":
+        raise UsageError("export: merged needs the whole model in one place; export the adapter of a sharded run")
+    trainer.train(resume_from_checkpoint=resume)
+    final = output / "final"
+    trainer.model.config.use_cache = True  # Trainer switches it off
+    if config.lora is None or sharded:
+        trainer.save_model(str(final))
+    elif state.is_main_process:
+        lora.save(trainer.accelerator.unwrap_model(trainer.model), final, merged=config.export == "merged")
+        tokenizer.save_pretrained(final)
+    return final
+
+
+def _pad(tokenizer: Any) -> int:
+    """An id for places where nothing stands: nobody reads it."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
     """Train, and write the final model with its tokenizer.
 
     Args:
@@ -185,53 +230,31 @@ def train_sft(config: TrainingConfig, *, resume: bool = False) -> Path:
         resume: Continue from the newest checkpoint in the output folder.
 
     Returns:
-        The folder of the final Hugging Face model.
+        The folder of the final model, or of its adapter.
+
+    Raises:
+        UsageError: model, data or numbers do not go together.
     """
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-    journal = ProbeJournal(config)
-    options = SFTConfig(
-        **arguments(config),
-        adam_beta2=config.beta2,
-        max_grad_norm=1.0,
-        logging_steps=config.log_every,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        dataloader_num_workers=0,
+    if config.lora is not None and config.export == "adapter" and not isinstance(config.model, str):
+        raise UsageError("an adapter belongs to a model: a folder or an id (or export: merged)")
+    tokenizer = build_tokenizer(config)
+    model = build_model(config, tokenizer)
+    if config.tokenizer == "multilingual":
+        grow(model, config.seed)
+    tags = tags_of(config.tags) if config.tags is not None else default_tags(config.language)
+    new = add_tags(model, tokenizer, tags, config.pad_vocabulary)
+    data = load_data(config, tokenizer, config.accumulate * PartialState().num_processes)
+    generated = config.mixture is not None
+    final = train(
+        config,
+        model,
+        tokenizer,
+        data,
+        marks=MARKS if generated else None,
+        journal=ProbeJournal(config) if generated else None,
+        resume=resume,
+        new=new,
     )
-    trainer = WeightedSFTTrainer(
-        mixture=build_mixture(config),
-        model=build_model(config),
-        args=options,
-        train_dataset=Dataset.from_dict({"step": list(range(config.steps))}),
-        processing_class=tokenizer.build(config.context),
-        callbacks=[journal],
-    )
-    journal.trainer = trainer
-    trainer.train(resume_from_checkpoint=resume)
-    final = output / "final"
-    trainer.model.config.use_cache = True  # Trainer switches it off
-    trainer.save_model(str(final))
+    if config.mixture is not None and "languages" in config.mixture:
+        tell_openings(final)
     return final
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of the module."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    resume = "--resume" in words
-    words = [word for word in words if word != "--resume"]
-    if not words:
-        raise SystemExit("usage: python -m orchestra.training.sft CONFIG.yaml [key=value ...] [--resume]")
-    try:
-        config = load_config(words[0], words[1:])
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    if resume and not any(Path(config.output).glob("checkpoint-*")):
-        raise SystemExit(f"nothing to resume: {config.output} holds no checkpoint")
-    print(train_sft(config, resume=resume))
-
-
-if __name__ == "__main__":
-    main()

@@ -111,6 +111,16 @@ def load_tokenizer(source: str | Source, config: Any = None) -> Any:
     return read(lambda: transformers.AutoTokenizer.from_pretrained(place, config=config, local_files_only=local), place)
 
 
+def tokenizer_at(place: str) -> Any:
+    """The tokenizer in a folder, which needs no model beside it, or of a Hugging Face id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    local = Path(place).is_dir()
+    return read(lambda: transformers.AutoTokenizer.from_pretrained(place, local_files_only=local), place)
+
+
 def read(load: Callable[[], Any], source: str, warn: bool = True) -> Any:
     """What `load` gives; quiet (without `warn` transformers' warnings are not shown either), and failures are one line.
 
