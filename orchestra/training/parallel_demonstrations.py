@@ -223,12 +223,9 @@ def _draft(instance: Instance, rng: random.Random) -> tuple[Step, ...] | None:
     if kind == "slip":  # one result is wrong, and what follows takes it for granted
         at = rng.randrange(len(steps))
         wrong = rng.randint(1, 99)
-        right = steps[at].result
-        steps = [
-            step._replace(**{name: wrong for name in Step._fields if i > at and getattr(step, name) == right})
-            for i, step in enumerate(steps)
-        ]
-        steps[at] = steps[at]._replace(result=wrong)
+        said = {steps[at].result: wrong}
+        later = [Step(said.get(a, a), sign, said.get(b, b), said.get(c, c)) for a, sign, b, c in steps[at + 1 :]]
+        steps = [*steps[:at], steps[at]._replace(result=wrong), *later]
     if rng.random() < 0.5:
         steps[-1] = steps[-1]._replace(result=instance.target)  # it claims to have reached the target
     return tuple(steps)
