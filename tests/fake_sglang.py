@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -49,6 +50,7 @@ class FakeSGLang:
         break_after: of the next streams, events after which the connection is reset.
         frozen: after the first event, and to aborts, nothing is answered any more.
         aborted: request ids.
+        weights: given from outside: the version, and what was in the files.
     """
 
     def __init__(self, script: Callable[[list[int]], str | list[int]] = lambda _: "yes", **options: Any) -> None:
@@ -58,6 +60,7 @@ class FakeSGLang:
         self.break_after: list[int] = []
         self.frozen = False
         self.aborted: list[str] = []
+        self.weights: list[tuple[str, dict[str, Any]]] = []
         for name, value in options.items():
             assert hasattr(self, name)
             setattr(self, name, value)
@@ -69,7 +72,10 @@ class FakeSGLang:
             case "/v1/models":
                 return web.json_response({"data": [{"id": "fake", "max_model_len": 4096}]})
             case "/model_info":
-                return web.json_response({"model_type": "llama"})
+                version = self.weights[-1][0] if self.weights else "default"
+                return web.json_response({"model_type": "llama", "weight_version": version})
+            case "/update_weights_from_disk":
+                return self._update(body)
             case "/server_info":
                 return web.json_response({"version": "0", "incremental_streaming_output": self.incremental})
             case "/v1/tokenize":
@@ -84,6 +90,17 @@ class FakeSGLang:
             case "/generate":
                 return await self._generate(request, body)
         return web.json_response({"detail": "Not Found"}, status=404)
+
+    def _update(self, body: dict[str, Any]) -> web.Response:
+        from safetensors.torch import load_file
+
+        files = sorted(Path(body["model_path"]).glob("*.safetensors"))
+        weights = {name: value for file in files for name, value in load_file(file).items()}
+        if not all(value.isfinite().all() for value in weights.values()):
+            return web.json_response({"success": False, "message": "not a number"}, status=400)
+        assert body["flush_cache"]
+        self.weights.append((body["weight_version"], weights))
+        return web.json_response({"success": True, "message": ""})
 
     def _tokenize(self, body: dict[str, Any]) -> web.Response:
         if "messages" not in body:

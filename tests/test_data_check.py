@@ -85,7 +85,7 @@ def test_what_cannot_be_read_is_said(path: str, message: str) -> None:
 
 def test_findings_have_row_line_and_column() -> None:
     unclosed = {"prompt": "Go?", "completion": f"Well.\n  {BLOCK}\nand <Parallel><Goal>no"}
-    spoken = {"prompt": "Q", "completion": "a <FORK-1>b</FORK-1> c", "language": "async_think"}
+    spoken = {"prompt": "Q", "completion": "a <FORK-1>b</FORK-1>\nc </FORK-2>", "language": "async_think"}
     late = {"prompt": "numbers: 3 7 target: 9", "completion": "x", "language": "apr", "children": ["one"]}
     records = [(1, GOOD), (2, json.dumps(unclosed)), (3, "{"), (4, spoken), (5, late), (7, {"prompt": "x"})]
     counts = Counts()
@@ -97,7 +97,7 @@ def test_findings_have_row_line_and_column() -> None:
     ]
     assert found[3][:2] == (3, "")
     assert found[3][2].startswith("not JSON")
-    assert (4, "1:23", "worker 1 is never joined") in found
+    assert (4, "2:3", "</FORK-2> closes nothing") in found
     assert (5, "", "more children are told than are asked for: 1") in found
     assert found[-1][0] == 7
     assert counts.rows == 1

@@ -12,9 +12,10 @@ from orchestra.extras import require
 
 if TYPE_CHECKING:
     from orchestra.training.config import ParScaleConfig
+    from orchestra.training.grpo_config import GRPORun
     from orchestra.training.sft_config import SupervisedConfig
 
-Config = TypeVar("Config", "SupervisedConfig", "ParScaleConfig")
+Config = TypeVar("Config", "SupervisedConfig", "ParScaleConfig", "GRPORun")
 
 app = typer.Typer(help="Train a model from a YAML file.", no_args_is_help=True)
 
@@ -49,6 +50,23 @@ def parscale(
     from orchestra.training.parscale import train_parscale
 
     print(train_parscale(loaded, resume=resume))
+
+
+@app.command()
+def grpo(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The training run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value ...]", help="Changes to it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Reinforcement learning on rollouts of strategies."""
+    from orchestra.training.grpo_config import GRPORun
+
+    loaded = _load(GRPORun, config, overrides, resume)
+    from accelerate import PartialState
+
+    from orchestra.training.grpo_run import train_grpo
+
+    PartialState().print(train_grpo(loaded, resume=resume))  # once, of however many processes
 
 
 def _load(kind: type[Config], path: Path, overrides: list[str] | None, resume: bool) -> Config:

@@ -355,6 +355,27 @@ class Engine(abc.ABC):
 
         raise CapabilityError(f"{self.name} cannot score given text")
 
+    async def update_weights(self, weights: Mapping[str, Any]) -> None:
+        """Run by these weights from now on; what was kept of earlier runs is dropped. No run may be in progress.
+
+        Args:
+            weights: torch tensors under the names of the model's `state_dict`; they are copied.
+
+        Raises:
+            CapabilityError: the engine's weights cannot be changed from here.
+            UsageError: they are not the model's: other names or shapes.
+            EngineError: a run is in progress, or the engine failed.
+        """
+        from orchestra.errors import CapabilityError
+
+        raise CapabilityError(
+            f"{self.name} cannot be given new weights; local:PATH, sglang:PATH and sglang://HOST:PORT can"
+        )
+
+    async def weights_kept(self) -> bool:
+        """Whether the engine still has the weights of the last `update_weights`: a server that began anew has not."""
+        return True
+
     def clock(self, graph: ThreadGraph) -> Clock:
         """The clock that generations of the run live by. A simulated engine has one for each run, until `release`."""
         return REAL

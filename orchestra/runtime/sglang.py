@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from orchestra.errors import EngineError, OrchestraError, PromptError
+from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError
 from orchestra.extras import require
 from orchestra.graph import Node, Span, ThreadGraph
 from orchestra.runtime.ends import Ends
@@ -82,6 +84,7 @@ class SGLangEngine(RemoteEngine):
         self._facts: dict[str, Any] = {"engine": "sglang"}
         self._contexts = Contexts(name, server)
         self._ends = Ends(partial(self._decode, skip_special=False))
+        self._weights = ""  # the version that the server was given
         self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
 
     # -- meeting the server ------------------------------------------------------------------------------------------
@@ -167,6 +170,36 @@ class SGLangEngine(RemoteEngine):
         if limit is not None and span.count > limit:
             raise self._too_long(span.count)
         return span
+
+    async def update_weights(self, weights: Mapping[str, Any]) -> None:
+        """See `Engine.update_weights`: through a folder for temporary files, which the server must see, too.
+
+        Their digest becomes the server's weight version. Where it has that already (of several processes that share a
+        server, one is first), nothing is sent.
+        """
+        await self.open()
+        if self._worker is not None:
+            raise CapabilityError(f"{self.name} is a router; its servers cannot be given new weights together")
+        require("torch", "safetensors", what="giving a server new weights", extra="local")
+        from orchestra.runtime.weight_files import digest, write
+
+        version = await asyncio.to_thread(digest, weights)
+        if version != await self.server.insist(self._version):
+            with tempfile.TemporaryDirectory(prefix="orchestra-weights-") as folder:
+                await asyncio.to_thread(write, weights, Path(folder))
+                body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+                try:
+                    await self.server.insist(partial(self.server.ask, "POST", "/update_weights_from_disk", body))
+                except Refused as refusal:
+                    raise EngineError(f"{self.name} refuses the weights: {refusal}") from refusal
+        self._weights = version
+
+    async def weights_kept(self) -> bool:
+        """See `Engine.weights_kept`."""
+        return not self._weights or await self.server.insist(self._version) == self._weights
+
+    async def _version(self) -> str:
+        return str((await self.server.ask("GET", "/model_info")).get("weight_version"))
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""

@@ -14,6 +14,13 @@ _NAMES = {
     "graph_of": "graphs",
     "GraphCollator": "collate",
     "weighted_loss": "collate",
+    "GraphGRPOTrainer": "grpo",
+    "Player": "rollouts",
+    "Arm": "rollouts",
+    "correctness": "rewards",
+    "acceleration": "rewards",
+    "concurrency": "rewards",
+    "well_formed": "rewards",
 }
 
 __all__ = sorted(_NAMES)

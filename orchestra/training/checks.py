@@ -116,14 +116,13 @@ def check(
         except OrchestraError as error:
             yield Finding(number, "", str(error))
             continue
-        problems = [] if read.language == PLAIN else PROTOCOLS[read.language].validate(read.text)
-        yield from (Finding(number, str(problem.at), problem.message) for problem in problems)
-        if problems:
-            continue
         try:
             graph = graph_of(read.prompt, read.text, read.language, encoder or Words(), eos, branches=read.helpers)
         except OrchestraError as error:
-            yield Finding(number, "", str(error))
+            problems = [] if read.language == PLAIN else PROTOCOLS[read.language].validate(read.text)
+            yield from (Finding(number, str(problem.at), problem.message) for problem in problems)
+            if not problems:
+                yield Finding(number, "", str(error))
             continue
         length = len(flatten(graph))
         if longest is not None and length > longest:

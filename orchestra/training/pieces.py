@@ -6,38 +6,55 @@ attention pays for all of it; apart, they go where there is room.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchestra.training.flatten import Row
 
 
-def pieces(row: Row) -> list[Row]:
-    """The row's parts, in order: entries of different parts neither see nor predict each other."""
-    part = {node: node for node in row.views}
+def families(row: Row) -> list[list[int]]:
+    """The entries of the row's parts, in order: those of different parts neither see nor predict each other.
+
+    Echoes that would stand right after the token that they repeat are left out.
+    """
+    of = {node: node for node in row.views}
 
     def root(node: int) -> int:
-        while part[node] != node:
-            part[node] = node = part[part[node]]
+        while of[node] != node:
+            of[node] = node = of[of[node]]
         return node
 
     for node, view in row.views.items():
         for other in view:
-            if other in part:
-                part[root(node)] = root(other)
+            if other in of:
+                of[root(node)] = root(other)
     found: dict[int, list[int]] = {}
-    for place, node in enumerate(row.nodes):
-        found.setdefault(root(node), []).append(place)
-    return [row] if len(found) == 1 else [_piece(row, places) for places in found.values()]
+    for entry, node in enumerate(row.nodes):
+        family = found.setdefault(root(node), [])
+        if not (family and row.echoes[entry] and _place(row, family[-1]) == _place(row, entry)):
+            family.append(entry)
+    return list(found.values())
 
 
-def _piece(row: Row, places: list[int]) -> Row:
-    at = {place: index for index, place in enumerate(places)}
-    piece = Row(
-        [row.tokens[i] for i in places],
-        [row.positions[i] for i in places],
-        [row.nodes[i] for i in places],
-        [row.indices[i] for i in places],
-        [row.echoes[i] for i in places],
-        [row.weights[i] for i in places],
-        [None if (before := row.predecessors[i]) is None else at[before] for i in places],
+def select(row: Row, entries: Sequence[int]) -> Row:
+    """Some entries of a row, in order, with all that they see; what predicts one is the entry before it."""
+    nodes = {row.nodes[i] for i in entries}
+    return Row(
+        tokens=[row.tokens[i] for i in entries],
+        positions=[row.positions[i] for i in entries],
+        nodes=[row.nodes[i] for i in entries],
+        indices=[row.indices[i] for i in entries],
+        echoes=[row.echoes[i] for i in entries],
+        weights=[row.weights[i] for i in entries],
+        predecessors=[None if row.predecessors[entry] is None else i - 1 for i, entry in enumerate(entries)],
+        views={node: view for node, view in row.views.items() if node in nodes},
     )
-    piece.views = {node: row.views[node] for node in dict.fromkeys(piece.nodes)}
-    return piece
+
+
+def pieces(row: Row) -> list[Row]:
+    """The row's parts as rows."""
+    found = families(row)
+    return [row] if len(found) == 1 else [select(row, entries) for entries in found]
+
+
+def _place(row: Row, entry: int) -> tuple[int, int]:
+    return row.nodes[entry], row.indices[entry]

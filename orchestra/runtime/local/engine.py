@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import astuple
 from functools import partial
@@ -298,6 +298,15 @@ class LocalEngine(Engine):
         future: Future[list[float]] = Future()
         worker.score(Score(graph, snapshots, view, before, tokens, node.start, future))
         return await asyncio.wrap_future(future)
+
+    async def update_weights(self, weights: Mapping[str, Any]) -> None:
+        """See `Engine.update_weights`: in memory, between two steps. A model with streams keeps its weights."""
+        await self.open()
+        model, _, worker = self._open()
+        assert self._variants is not None  # open
+        if len(self._variants.models) > 1:
+            raise CapabilityError(f"{self.name} has learned streams, which were made for the weights that it has")
+        await asyncio.wrap_future(worker.between_runs(lambda: model.update(weights)))
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""

@@ -240,7 +240,11 @@ class Lean:
             raise UnknownPartError(str(error)) from error
         # A half turns one way, the other the other: sin(-a) = -sin(a), and cos(-a) = cos(a).
         self._frequencies = torch.cat([-frequencies, frequencies])
-        self._terms = terms
+        self._terms, self._many = terms, many
+
+    def anew(self, module: Any) -> Lean:
+        """The same forward, after the weights of its module have changed in place."""
+        return Lean(module, self._terms, self._many)
 
     def __call__(
         self,

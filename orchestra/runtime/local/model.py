@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,6 +70,27 @@ class LoadedModel:
             values = parameter.flatten()[:: max(1, parameter.numel() // 256)].float().cpu().numpy()
             digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.tobytes())
         return digest.hexdigest()[:16]
+
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the values of weights, by their names in the `state_dict`; nothing may run meanwhile.
+
+        Raises:
+            UsageError: one is missing, unknown or of another shape; nothing has changed then.
+        """
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        given = {name: value for name, value in weights.items() if name in own}
+        tied = {id(own[name]) for name in given}
+        missing = sorted(name for name, parameter in own.items() if id(parameter) not in tied)
+        unknown = sorted(weights.keys() - own.keys() - dict(self.module.named_buffers()).keys())
+        shapes = [name for name, value in given.items() if value.shape != own[name].shape]
+        for what, names in (("without", missing), ("which does not have", unknown), ("with another shape of", shapes)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UsageError(f"these are not the weights of {self.source}: {what} {names[0]}{more}")
+        for name, value in given.items():
+            own[name].data.copy_(value)
+        if self.lean is not None:  # it views the weights, but some of what it has is made from them
+            self.lean = self.lean.anew(self.module)
 
     def forward(self, tokens: Tensor, positions: Tensor, keep: npt.NDArray[np.int64] | None, plan: Plan) -> Tensor:
         """One packed step.

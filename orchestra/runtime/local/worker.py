@@ -149,6 +149,26 @@ class Worker:
             self._put(act)
         return done
 
+    def between_runs(self, act: Callable[[], None]) -> Future[None]:
+        """Change the model between two steps, when no run is there; the future raises what goes wrong."""
+        done: Future[None] = Future()
+
+        def change() -> None:
+            try:
+                if runs := len(self._scheduler.runs):
+                    raise EngineError(f"weights are changed between runs; {runs} in progress")
+                self._scheduler.cache.forget_kept()  # keys and values of the old weights
+                with torch.inference_mode(False), torch.no_grad():
+                    act()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        with self._lock:
+            self._put(change)
+        return done
+
     def post(self, act: Callable[[], None]) -> None:
         """Do something between two steps, in the order of arrival; nothing if the engine is closed."""
         with self._lock, suppress(EngineError):
