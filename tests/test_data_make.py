@@ -93,3 +93,16 @@ def test_generated_texts_lose_nothing_in_their_tokenizer() -> None:
     text = "Moving to Node #0,1\nExploring Operation: 38-24=14, Resulting Numbers: [25, 24, 14]\n~No Solution in it!"
     ids = words(text, add_special_tokens=False).input_ids
     assert words.decode(ids) == text == "".join(words.decode([token]) for token in ids)
+
+
+def test_a_run_s_correct_samples(tmp_path: Path) -> None:
+    from orchestra.cli import main
+
+    run, out = tmp_path / "run", tmp_path / "data"
+    words = ["eval", "countdown", "--strategy", "spawn_join", "--split", "dev", "--limit", "3", "--traces"]
+    assert main([*words, "--out", str(run)]) == 0
+    result = CliRunner().invoke(app, ["make", str(run), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = datasets.load_from_disk(str(out))
+    assert 1 <= len(rows) <= 3
+    assert all(any(Row.from_columns(row).weights) for row in rows)
