@@ -88,3 +88,13 @@ def test_languages_stand_for_their_tags() -> None:
     assert default_tags("plain") == default_tags("apr") == []
     with pytest.raises(UsageError, match="did you mean 'multiverse'"):
         tags_of(["multivers"])
+
+
+def test_what_fine_tuners_take_is_found_where_the_collator_is() -> None:
+    pytest.importorskip("trl")
+    from orchestra import training
+    from orchestra.training import rejection, trainer
+
+    assert training.add_tags is add_tags
+    assert training.from_run is rejection.from_run
+    assert training.WeightedSFTTrainer is trainer.WeightedSFTTrainer
