@@ -30,6 +30,7 @@ from orchestra.training import tokenizer as words
 from orchestra.training.arguments import arguments, processes, start
 from orchestra.training.collate import GraphCollator
 from orchestra.training.mixture import HIT, MISS
+from orchestra.training.multilingual import grow, tell_openings
 from orchestra.training.sft_config import SupervisedConfig, load_config
 from orchestra.training.sft_data import Data, load_data
 from orchestra.training.trainer import Journal, WeightedSFTTrainer
@@ -54,6 +55,8 @@ def build_tokenizer(config: SupervisedConfig) -> Any:
     context = config.model.get("max_position_embeddings", 4096) if isinstance(config.model, dict) else 4096
     if config.tokenizer == "countdown":
         return words.build(context)
+    if config.tokenizer == "multilingual":
+        return words.multilingual(context)
     if config.tokenizer == "text":
         return text_tokenizer.build(context, words=(), tags=())
     if config.tokenizer:
@@ -235,11 +238,13 @@ def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
         raise UsageError("an adapter belongs to a model: a folder or an id (or export: merged)")
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer)
+    if config.tokenizer == "multilingual":
+        grow(model, config.seed)
     tags = tags_of(config.tags) if config.tags is not None else default_tags(config.language)
     new = add_tags(model, tokenizer, tags, config.pad_vocabulary)
     data = load_data(config, tokenizer, config.accumulate * processes().num_processes)
     generated = config.mixture is not None
-    return train(
+    final = train(
         config,
         model,
         tokenizer,
@@ -249,3 +254,6 @@ def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
         resume=resume,
         new=new,
     )
+    if config.mixture is not None and "languages" in config.mixture:
+        tell_openings(final)
+    return final
