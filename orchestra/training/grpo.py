@@ -236,7 +236,8 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
         self._note("ratio/max", float(ratio.detach()[weight > 0].max()) if bool((weight > 0).any()) else 1.0)
         # The shares have divided by all there is in a step. Gradients are averaged over processes, once more; those of
         # the forwards of a step are summed, because TRL has switched off Trainer's division by their number.
-        return (loss * weight).sum() * self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        return (loss * weight).sum() * processes
 
     def _measure(self, name: str, values: Tensor | None, weight: Tensor) -> None:
         """The mean over sampled tokens goes to the log."""
