@@ -49,17 +49,17 @@ LINES = {
     "reward_smc(particles=8, target='power', alpha=4)": 0.25,
     "spawn_join": 1.0,
     "self_consistency(samples=4, drafts=spawn_join)": 0.5,
+    "threads": 1.0,
+    "map_reduce": 1.0,
+    "async_think(workers=8)": 1.0,
+    "refine(rounds=1)": 1.0,
+    "pdr(widths=[4], distiller='random_k')": 0.5,
 }
 """Each strategy, and the share of the problems that it is run on: long ones on fewer."""
 UNTAUGHT = {
-    "async_think": "to fork and join",
     "budget_forcing": "to think between tags",
     "hogwild": "to work together",
-    "map_reduce": "to write plans",
     "parallel_streams": "to compute in streams",
-    "pdr": "to read drafts",
-    "refine": "to read an earlier answer",
-    "threads": "to write outlines",
 }
 """What the embedded model was not taught that a strategy builds on."""
 

@@ -298,6 +298,13 @@ class Thread:
         with self._run.waiting_for(engine):
             return (await engine.encode(text)).count
 
+    async def opening(self, name: str) -> str:
+        """What its model's folder says under a name of `Engine.openings`; empty for most models."""
+        engine = self._run.engine_for(self._alias)
+        with self._run.waiting_for(engine):
+            await engine.open()
+        return engine.openings.get(name, "")
+
     async def opened(self) -> bool:
         """Whether the prompt leaves the reasoning channel open, as some chat templates do: text begins as thinking."""
         first = next(iter(self._run.graph.view(await self._stem.edges())), None)

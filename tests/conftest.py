@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would tell its makers of every trainer that is made
+
 # A job that a shell put in the background ignores Ctrl-C, and so would the processes that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -292,21 +292,22 @@ def test_what_is_wrong_in_a_configuration_is_one_line(tmp_path, overrides, said)
         train_grpo(config(tmp_path, *overrides))
 
 
+def test_how_many_rollouts_a_forward_has_changes_no_gradient(tmp_path):
+    """TRL switches off Trainer's division by the forwards of a step; nothing may take its place."""
+    norms = []
+    for rows in (8, 2):
+        output = tmp_path / str(rows)
+        train_grpo(config(output, "rewards=[concurrency]", f"rows={rows}", "steps=1", "max_tokens=40"))
+        norms.append(log(output)[0]["grad_norm"])
+    assert norms[0] > 1e-4
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     changes = ["levels={hard: 1.0}", "max_tokens=60", "rewards=[concurrency]"]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    subprocess.run([*launch, *command(tmp_path / "two", *changes)[1:]], check=True, timeout=280)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    subprocess.run([*launch, *command(tmp_path / "two", *changes)[2:]], check=True, timeout=280)
     subprocess.run(command(tmp_path / "one", *changes), check=True, timeout=280)
     assert apart(tmp_path / "one" / "final", EMBEDDED) > 1e-4
     # Where a gradient is next to nothing, its rounding decides which way Adam steps: by a share of 1e-4.

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from orchestra.cli import data_check
+from orchestra.cli import data_check, data_make
 from orchestra.errors import UsageError
 from orchestra.extras import require
 
 app = typer.Typer(help="Make, check and look at training data.", no_args_is_help=True)
+app.command("make")(data_make.command)
 app.command("check")(data_check.command)
 
 

@@ -30,11 +30,10 @@ def sft(
     from orchestra.training.sft_config import SupervisedConfig
 
     loaded = _load(SupervisedConfig, config, overrides, resume)
-    from accelerate import PartialState
-
+    from orchestra.training.arguments import processes
     from orchestra.training.sft import train_sft
 
-    PartialState().print(train_sft(loaded, resume=resume))  # once, of however many processes
+    processes().print(train_sft(loaded, resume=resume))  # once, of however many processes
 
 
 @app.command()
@@ -62,11 +61,10 @@ def grpo(
     from orchestra.training.grpo_config import GRPORun
 
     loaded = _load(GRPORun, config, overrides, resume)
-    from accelerate import PartialState
-
+    from orchestra.training.arguments import processes
     from orchestra.training.grpo_run import train_grpo
 
-    PartialState().print(train_grpo(loaded, resume=resume))  # once, of however many processes
+    processes().print(train_grpo(loaded, resume=resume))  # once, of however many processes
 
 
 def _load(kind: type[Config], path: Path, overrides: list[str] | None, resume: bool) -> Config:

@@ -19,6 +19,8 @@ from orchestra.protocols.base import Branch, Fork, Problem, Protocol, Reader
 from orchestra.protocols.lexer import Lexer, Token
 
 MOST_WORKERS = 16
+UNJOINED = "is never joined"
+"""What a reader notes of a worker that the organiser did not wait for."""
 _RETURN = ("<RETURN>", "</RETURN>")
 
 
@@ -138,7 +140,7 @@ class AsyncThinkReader(Reader[Organised]):
             self._take(token)
         self._give_up()
         for task in self._open.values():
-            self.problems.append(Problem(self._lexer.at, f"worker {task.label} is never joined"))
+            self.problems.append(Problem(self._lexer.at, f"worker {task.label} {UNJOINED}"))
         return self.document
 
     def _take(self, token: Token) -> Task | None:

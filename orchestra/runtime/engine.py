@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypedDict
 
 from orchestra.graph import Edge, Node, Span, ThreadGraph, View
@@ -259,6 +260,8 @@ class Engine(abc.ABC):
         name: how error messages and manifests name it.
         capabilities: what it can do; see `Capability`.
         context_length: most tokens along one path, None if unknown.
+        openings: what the model's folder says is to be forced after a prompt so that it speaks a language, by that
+            language's name; under `drafts`, how drafts are shown to it. Known once the engine is open; mostly empty.
         recorded: it has nothing but recorded samples of items. It is asked for the run's own prompt only, and
             `encode_prompt` gets the run's `item` as a keyword.
     """
@@ -266,6 +269,7 @@ class Engine(abc.ABC):
     name: str = "engine"
     capabilities: frozenset[Capability] = frozenset()
     context_length: int | None = None
+    openings: Mapping[str, str] = MappingProxyType({})
     recorded: bool = False
 
     @property

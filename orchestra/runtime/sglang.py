@@ -100,6 +100,7 @@ class SGLangEngine(RemoteEngine):
         self.context_length, self._longest_input = said.context, said.longest
         self._incremental = said.incremental
         self._ends.know(said.ends)
+        self.openings = said.openings
         if self._tokenizer:
             require("transformers", what="a tokenizer in this process", extra="local")
             tokens = await asyncio.to_thread(LocalTokens, self._tokenizer, self.context_length or _NO_LIMIT)

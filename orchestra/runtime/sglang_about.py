@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestra.errors import EngineError, UsageError
 from orchestra.runtime.ends import ends_in
 from orchestra.runtime.http import Fault, Refused, Server
+from orchestra.runtime.openings import openings_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class About:
         longest: most tokens of an input, if it says; a few less.
         incremental: whether its streams hold what is new, or all so far.
         workers: URLs of the servers behind it, if it is a router.
+        openings: see `Engine.openings`; if its model is a folder that is here too.
         ends: its model's end-of-sequence ids, if its model is a folder that is here too.
         facts: for the manifest.
     """
@@ -31,6 +34,7 @@ class About:
     workers: tuple[str, ...] = ()
     ends: frozenset[int] = frozenset()
     facts: dict[str, Any] = field(default_factory=dict)
+    openings: Mapping[str, str] = field(default_factory=dict)
 
 
 async def about(server: Server, name: str, wanted: str = "") -> About:
@@ -58,6 +62,7 @@ async def about(server: Server, name: str, wanted: str = "") -> About:
     if not info and not state:
         raise UsageError(f"{name} is no SGLang server; an OpenAI-compatible one is openai://{server.where}/v1")
     model = str(chosen["id"])
+    path = folder if isinstance(folder := info.get("model_path"), str) and folder.startswith("/") else ""
     limits = [chosen.get("max_model_len"), state.get("max_total_num_tokens")]
     longest = state.get("max_req_input_len")
     context = min((int(limit) for limit in limits if limit), default=None)
@@ -79,8 +84,9 @@ async def about(server: Server, name: str, wanted: str = "") -> About:
         longest - 1 if isinstance(longest, int) else None,
         bool(state.get("incremental_streaming_output")),
         await _workers(server) if state.get("router_manager") else (),
-        ends_in(path) if isinstance(path := info.get("model_path"), str) and path.startswith("/") else frozenset(),
+        ends_in(path) if path else frozenset(),
         {key: value for key, value in facts.items() if value is not None},
+        openings_in(path) if path else {},
     )
 
 

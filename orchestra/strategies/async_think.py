@@ -36,6 +36,8 @@ class AsyncThink(OneThread):
         workers: size of the pool; a fork that finds it full begins when the worker before it in its place has ended.
         shared: workers are shown the run's own prompt before their sub-query.
         instruct: explain the language in the prompt, for models that were never taught it.
+        opening: forced after the prompt, before the organiser speaks; None: what the model's folder says, if anything
+            (docs/data.md).
         drafts: what a worker does with its sub-query.
         stops: how often the organiser is stopped at a tag; then it is written to its end.
     """
@@ -46,6 +48,7 @@ class AsyncThink(OneThread):
     workers: int = Field(4, ge=1, le=MOST_WORKERS)
     shared: bool = True
     instruct: bool = False
+    opening: str | None = None
     drafts: StrategyField = Field(default_factory=Sample)
     stops: int = Field(64, ge=1, le=1024)
 
@@ -62,6 +65,9 @@ class AsyncThink(OneThread):
         thread = thread.using(skip_special_tokens=False)
         if self.instruct:
             (thread,) = thread.spawn([followed_by(thread.prompt, INSTRUCTIONS.format(workers=self.workers))])
+        opening = await thread.opening(ASYNC_THINK.name) if self.opening is None else self.opening
+        thread = thread.append(opening)
+        reader.feed(opening)
         for left in reversed(range(self.stops + 1)):
             thread = await turn(thread, stop=ASYNC_THINK.stops(MOST_WORKERS) if left else ())
             fork = reader.feed(thread.generated)

@@ -37,10 +37,18 @@ class ForkJoin:
     stops: int
     total: int = 1024
 
-    async def run(self, thread: Thread) -> Thread:
-        """The text of a thread, from where it stands."""
+    async def run(self, thread: Thread, opening: str | None = None) -> Thread:
+        """The text of a thread, from where it stands.
+
+        Args:
+            thread: stands after the prompt.
+            opening: forced there; None: what the model's folder says.
+        """
         thread = thread.using(skip_special_tokens=False)  # the tags of published checkpoints are special
         reader = self.language.reader()
+        opening = await thread.opening(self.language.name) if opening is None else opening
+        thread = thread.append(opening)
+        reader.feed(opening)
         if not self.language.trigger:  # nobody asks: the paths begin at once
             thread, _ = await self._fork(thread, reader, Fork(), 0, self.total)
         return await self._follow(thread, reader, 0, self.total)

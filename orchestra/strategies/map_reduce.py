@@ -39,6 +39,8 @@ class MapReduce(OneThread):
         paths: most paths of a block (64), or parts of a prompted plan (8); how many there are where the model does not
             say (`parallel_r1`, `para_thinker`: 8).
         path_tokens: most tokens that a path may sample between two stops.
+        opening: forced after the prompt, before the model speaks; None: what the model's folder says, if anything
+            (docs/data.md).
         stops: how often a thread is stopped at a tag; then it is written to its end.
     """
 
@@ -49,6 +51,7 @@ class MapReduce(OneThread):
     join: Join = "auto"
     paths: int | None = Field(None, ge=1, le=1024)
     path_tokens: int | None = Field(None, ge=1)
+    opening: str | None = None
     stops: int = Field(32, ge=1, le=1024)
 
     def requirements(self) -> frozenset[Capability]:
@@ -65,4 +68,4 @@ class MapReduce(OneThread):
         language = BLOCKS[self.language]
         how: Join = "recompute" if self.join == "auto" and language.recompute else self.join
         paths = self.paths or (MOST_PATHS if language.plan else PATHS)
-        return await ForkJoin(language, how, paths, self.path_tokens, self.stops).run(thread)
+        return await ForkJoin(language, how, paths, self.path_tokens, self.stops).run(thread, self.opening)

@@ -8,12 +8,13 @@ from typing import Literal
 from pydantic import Field
 
 from orchestra.outcome import Candidate, Outcome
+from orchestra.runtime.engine import Prompt
 from orchestra.spec import EngineAlias
 from orchestra.strategies import distillers
 from orchestra.strategies.base import Strategy, StrategyField
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.sampling import DRAFT_TEMPERATURE, Samples, SamplingStrategy
-from orchestra.strategies.workspace import Draft, by_support, fit, informed, latest, usable
+from orchestra.strategies.workspace import Draft, by_support, informed, latest, shown, usable
 from orchestra.thread import Thread
 
 
@@ -64,17 +65,19 @@ class Pdr(Strategy):
             if drafts and self.distiller in ("per_sample_top_k", "random_k"):
                 last = await self._each_its_own(rules, drafting, drafts)
             else:
-                workspace = await self._shared(thread, drafts) if drafts else ""
-                start = drafting.spawn([informed(thread.prompt, workspace)])[0] if workspace else drafting
+                prompt = await self._shared(thread, drafts) if drafts else None
+                start = drafting.spawn([prompt])[0] if prompt else drafting
                 last = await rules.draw_all(start.fork(width))
             drawn = last + drawn
         return self.conclude(drawn)
 
-    async def _shared(self, thread: Thread, drafts: list[Draft]) -> str:
-        """The workspace that all drafts of the next round see."""
+    async def _shared(self, thread: Thread, drafts: list[Draft]) -> Prompt | None:
+        """What all drafts of the next round are asked; None if there is nothing to show them."""
         if self.distiller == "global_summary":
             summary = await distillers.global_summary(thread, drafts, self.workspace_tokens, self.engine)
-            return summary or await self._of(thread, drafts, by_support(drafts)[: self.k])
+            if summary:
+                return informed(thread.prompt, summary)
+            return await self._of(thread, drafts, by_support(drafts)[: self.k])
         return await self._of(thread, drafts, await distillers.best(thread, drafts, self.k, self.engine))
 
     async def _each_its_own(self, rules: _Round, drafting: Thread, drafts: list[Draft]) -> list[Candidate]:
@@ -85,14 +88,14 @@ class Pdr(Strategy):
                 picked = distillers.at_random(branch, drafts, self.k)
             else:
                 picked = await distillers.best(branch, drafts, self.k, self.engine)
-            workspace = await self._of(branch, drafts, picked)
-            return await rules.draw(branch.spawn([informed(branch.prompt, workspace)])[0] if workspace else branch)
+            prompt = await self._of(branch, drafts, picked)
+            return await rules.draw(branch.spawn([prompt])[0] if prompt else branch)
 
         return await drafting.fork(rules.samples).map(member)
 
-    async def _of(self, thread: Thread, drafts: list[Draft], picked: Sequence[int]) -> str:
-        """The workspace of some drafts. A solution is cut at its beginning: what it comes to stands at its end."""
-        return await fit(thread, [drafts[i].solution for i in picked], self.workspace_tokens, "tail")
+    async def _of(self, thread: Thread, drafts: list[Draft], picked: Sequence[int]) -> Prompt | None:
+        """What is asked with some drafts. A solution is cut at its beginning: what it comes to stands at its end."""
+        return await shown(thread, [drafts[i] for i in picked], self.workspace_tokens)
 
     def choose(self, candidates: Sequence[Candidate]) -> int:
         """The last draft; if it has no answer, or is not there yet, the majority of the last round that has one."""

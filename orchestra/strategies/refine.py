@@ -13,7 +13,7 @@ from orchestra.strategies.base import Strategy, StrategyField
 from orchestra.strategies.prompts import followed_by
 from orchestra.strategies.sample import Sample
 from orchestra.strategies.voting import same_answer
-from orchestra.strategies.workspace import latest, solution
+from orchestra.strategies.workspace import latest, listed, solution
 from orchestra.thread import Thread
 
 
@@ -43,7 +43,7 @@ class Refine(Strategy):
         drawn: list[Candidate] = []
         previous, unchanged = "", 0
         for number in range(self.rounds + 1):
-            start = thread.spawn([await self._prompt(thread, previous)])[0] if previous else thread
+            start = thread.spawn([await self._prompt(thread, previous, drawn[0].answer)])[0] if previous else thread
             candidate = (await start.run(self.drafts)).as_candidate(weight=number + 1.0)
             thread.offer(candidate)
             drawn.insert(0, candidate)
@@ -55,8 +55,10 @@ class Refine(Strategy):
             previous = solution(candidate.text, opened) or previous
         return self.conclude(drawn)
 
-    async def _prompt(self, thread: Thread, previous: str) -> Prompt:
-        """What a refinement is asked."""
+    async def _prompt(self, thread: Thread, previous: str, answer: str | None) -> Prompt:
+        """What a refinement is asked; a model whose folder says how is shown the answer alone (`workspace.shown`)."""
+        if not self.critique and (template := await thread.opening("drafts")):
+            return followed_by(thread.prompt, template.replace("{answers}", listed([answer or "none"])))
         given = f"An earlier answer to this was:\n\n{previous}\n\n"
         if self.critique:
             ask = followed_by(

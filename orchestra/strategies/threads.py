@@ -24,6 +24,8 @@ class ThreadWeaver(OneThread):
     Attributes:
         threads: most threads of a block; of more outlines the first ones are run.
         thread_tokens: most tokens that a thread may sample.
+        opening: forced after the prompt, before the model speaks; None: what the model's folder says, if anything
+            (docs/data.md).
         stops: how often the parent is stopped at a plan; then it is written to its end.
     """
 
@@ -33,8 +35,10 @@ class ThreadWeaver(OneThread):
 
     threads: int = Field(50, ge=1, le=1024)
     thread_tokens: int | None = Field(None, ge=1)
+    opening: str | None = None
     stops: int = Field(32, ge=1, le=1024)
 
     async def __call__(self, thread: Thread) -> Thread:
         """The model's text, with its threads run."""
-        return await ForkJoin(THREAD_WEAVER, "recompute", self.threads, self.thread_tokens, self.stops).run(thread)
+        rules = ForkJoin(THREAD_WEAVER, "recompute", self.threads, self.thread_tokens, self.stops)
+        return await rules.run(thread, self.opening)

@@ -98,6 +98,23 @@ async def fit(
     return best
 
 
+async def shown(thread: Thread, drafts: Sequence[Draft], limit: int) -> Prompt | None:
+    """A thread's prompt with a workspace of drafts; None if not even one of them fits into `limit` tokens.
+
+    A model whose folder says how (`drafts` in `Engine.openings`, with `{answers}` in it) is shown their answers alone.
+    """
+    if template := await thread.opening("drafts"):
+        workspace = await fit(thread, [draft.answer or "none" for draft in drafts], limit, "tail", listed)
+        return followed_by(thread.prompt, template.replace("{answers}", workspace)) if workspace else None
+    workspace = await fit(thread, [draft.solution for draft in drafts], limit, "tail")
+    return informed(thread.prompt, workspace) if workspace else None
+
+
+def listed(answers: Sequence[str]) -> str:
+    """Answers, one a line, numbered from 1."""
+    return "\n".join(f"{number}: {' '.join(answer.split())}" for number, answer in enumerate(answers, 1))
+
+
 def informed(prompt: Prompt, workspace: str) -> Prompt:
     """The prompt of a round that has a workspace."""
     return followed_by(

@@ -36,6 +36,13 @@ def arguments(config: SupervisedConfig | ParScaleConfig | DictationConfig, steps
     }
 
 
+def processes() -> Any:
+    """Accelerate's state of all processes of a run. Without a GPU it must be told so: else it knows of one process."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def start(config: SupervisedConfig | ParScaleConfig | DictationConfig) -> Path:
     """The output folder, with the configuration in it."""
     output = Path(config.output)

@@ -234,9 +234,10 @@ class GraphGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is untyped to 
         if self.sampler_cap is not None:
             self._measure("ratio/sampler_cut", (apart.exp() > self.sampler_cap).float(), weight)
         self._note("ratio/max", float(ratio.detach()[weight > 0].max()) if bool((weight > 0).any()) else 1.0)
-        # Trainer divides by the forwards of a step, and processes by their number: the shares have done both.
-        divided: int = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        return (loss * weight).sum() * divided
+        # The shares have divided by all there is in a step. Gradients are averaged over processes, once more; those of
+        # the forwards of a step are summed, because TRL has switched off Trainer's division by their number.
+        processes: int = self.accelerator.num_processes
+        return (loss * weight).sum() * processes
 
     def _measure(self, name: str, values: Tensor | None, weight: Tensor) -> None:
         """The mean over sampled tokens goes to the log."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
 from orchestra.errors import UsageError
 from orchestra.runtime.engine import Engine
+from orchestra.training.arguments import processes
 from orchestra.training.grpo import GraphGRPOTrainer
 from orchestra.training.grpo_config import GRPORun
 from orchestra.training.grpo_data import prompts
@@ -89,10 +89,10 @@ def arguments(run: GRPORun) -> GRPOConfig:
     Raises:
         UsageError: rollouts cannot be divided as asked for.
     """
-    processes = PartialState().num_processes
-    if run.prompts % processes:
-        raise UsageError(f"prompts={run.prompts} are no multiple of the {processes} processes")
-    local = run.prompts // processes * run.group
+    count = processes().num_processes
+    if run.prompts % count:
+        raise UsageError(f"prompts={run.prompts} are no multiple of the {count} processes")
+    local = run.prompts // count * run.group
     if local % run.minibatches:
         raise UsageError(f"{local} rollouts of a process cannot be split into {run.minibatches} minibatches")
     rows = max(size for size in range(1, run.rows + 1) if local // run.minibatches % size == 0)

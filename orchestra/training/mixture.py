@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import count
 
@@ -28,12 +28,21 @@ HIT, MISS, ANSWER = IDS["hit"], IDS["miss"], IDS["answer:"]
 
 @dataclass(frozen=True)
 class Weights:
-    """Loss weights of tokens; what the model is given weighs nothing."""
+    """Loss weights of tokens; what the model is given weighs nothing.
+
+    `plan` is of outlines and sub-queries, `choice` of whose result is repeated after a join.
+    """
 
     hit: float = 6.0
     miss: float = 2.0
     answer: float = 4.0
     other: float = 1.0
+    plan: float = 1.0
+    choice: float = 4.0
+
+
+WEIGHTS = tuple(one.name for one in fields(Weights))
+"""Their names."""
 
 
 def row(demonstration: Demonstration, weights: Weights) -> Row:
@@ -91,7 +100,10 @@ class Mixture:
         """The batch of one optimiser step."""
         cycle, place = divmod(step, len(CYCLE))
         kind = CYCLE[place]
-        index = cycle * CYCLE.count(kind) + CYCLE[:place].count(kind)
+        return self.nth(kind, cycle * CYCLE.count(kind) + CYCLE[:place].count(kind))
+
+    def nth(self, kind: str, index: int) -> list[Row]:
+        """A batch of one kind."""
         return self._pool(kind, index // POOL)[index % POOL]
 
     def _make_pool(self, kind: str, number: int) -> list[list[Row]]:
@@ -144,7 +156,7 @@ class Mixture:
 def cut(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     """Batches of like length that hold `tokens` with their padding, as nearly as whole rows can on average."""
     batches: list[list[Row]] = []
-    for made in sorted(rows, key=lambda made: len(made)):
+    for made in sorted(rows, key=len):
         # Ascending order: the newest row is the longest of its batch. Rounding to the nearest row rather than down
         # gives long sequences (serial search) the same tokens a batch as short ones.
         if batches and (len(batches[-1]) + 0.5) * len(made) <= tokens:

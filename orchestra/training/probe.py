@@ -17,13 +17,13 @@ import torch
 from orchestra.evaluation.countdown import Instance, Split, generate
 from orchestra.evaluation.countdown_check import check, extract_answer
 from orchestra.protocols import apr
-from orchestra.training.tokenizer import BOS, EOS, IDS, PAD, WORDS, encode
+from orchestra.training.tokenizer import BOS, EOS, IDS, PAD, SPECIAL, TAGS, encode
 
 MARGIN = 16
 """Positions of the context that a completion leaves free."""
 ROUNDS = 24
 
-_TEXT = {IDS["\n"]: "\n"} | {IDS[word]: f" {word}" for word in WORDS}
+_TEXT = {i: word if word in ("\n", *TAGS) else f" {word}" for word, i in IDS.items() if word not in SPECIAL}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,9 +27,10 @@ from orchestra.errors import UsageError
 from orchestra.runtime.local.sources import load_tokenizer, local_folder, read, tokenizer_at
 from orchestra.training import lora, text_tokenizer
 from orchestra.training import tokenizer as words
-from orchestra.training.arguments import arguments, start
+from orchestra.training.arguments import arguments, processes, start
 from orchestra.training.collate import GraphCollator
 from orchestra.training.mixture import HIT, MISS
+from orchestra.training.multilingual import grow, tell_openings
 from orchestra.training.sft_config import SupervisedConfig, load_config
 from orchestra.training.sft_data import Data, load_data
 from orchestra.training.trainer import Journal, WeightedSFTTrainer
@@ -55,6 +55,8 @@ def build_tokenizer(config: SupervisedConfig) -> Any:
     context = config.model.get("max_position_embeddings", 4096) if isinstance(config.model, dict) else 4096
     if config.tokenizer == "countdown":
         return words.build(context)
+    if config.tokenizer == "multilingual":
+        return words.multilingual(context)
     if config.tokenizer == "text":
         return text_tokenizer.build(context, words=(), tags=())
     if config.tokenizer:
@@ -181,7 +183,7 @@ def train(
     Returns:
         The folder of the final model, or of its adapter.
     """
-    state = PartialState()
+    state = processes()
     output = start(config) if state.is_main_process else Path(config.output)
     evaluates = {"eval_strategy": "steps", "eval_steps": config.evaluate_every or data.steps} if data.held_out else {}
     told = options(config, data.steps, **evaluates)
@@ -236,11 +238,13 @@ def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
         raise UsageError("an adapter belongs to a model: a folder or an id (or export: merged)")
     tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer)
+    if config.tokenizer == "multilingual":
+        grow(model, config.seed)
     tags = tags_of(config.tags) if config.tags is not None else default_tags(config.language)
     new = add_tags(model, tokenizer, tags, config.pad_vocabulary)
-    data = load_data(config, tokenizer, config.accumulate * PartialState().num_processes)
+    data = load_data(config, tokenizer, config.accumulate * processes().num_processes)
     generated = config.mixture is not None
-    return train(
+    final = train(
         config,
         model,
         tokenizer,
@@ -250,3 +254,6 @@ def train_sft(config: SupervisedConfig, *, resume: bool = False) -> Path:
         resume=resume,
         new=new,
     )
+    if config.mixture is not None and "languages" in config.mixture:
+        tell_openings(final)
+    return final

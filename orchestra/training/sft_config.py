@@ -77,7 +77,8 @@ class SupervisedConfig:
         pad_vocabulary: The vocabulary is filled up to a multiple of this; 0: it is not.
         data: A path (see `Source`), or several sources with their shares.
         mixture: Countdown demonstrations generated on the fly instead, in the words of the embedded model: arguments of
-            `Mixture` (`tokens`: a batch's, and so on).
+            `Mixture` (`tokens`: a batch's, and so on); with `languages`, those of `Languages`, in all languages of the
+            multilingual model, whose tokenizer is `multilingual`.
         language: Of texts that do not say themselves: a language of `orchestra.protocols`, or `plain`.
         layout: How texts become rows: the thread `graph` with what the orchestrator forces unlearned, or the `trie` of
             contexts and completions with the whole text as one of them (ThreadWeaver, arXiv 2512.07843).

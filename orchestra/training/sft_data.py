@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-
 from orchestra.errors import UsageError, one_of
 from orchestra.protocols import PROTOCOLS
 from orchestra.training import tokenizer as words
+from orchestra.training.arguments import processes
 from orchestra.training.batches import RowBatches, Schedule, hold_out
 from orchestra.training.flatten import Row
-from orchestra.training.mixture import Mixture, Weights
+from orchestra.training.mixture import WEIGHTS, Mixture, Weights
+from orchestra.training.multilingual import Languages
 from orchestra.training.sft_config import SupervisedConfig
 from orchestra.training.text_rows import load_rows
 from orchestra.training.texts import PLAIN
@@ -44,7 +44,7 @@ def load_data(config: SupervisedConfig, tokenizer: Any, parts: int = 1) -> Data:
     if (config.steps is None) == (config.epochs is None):
         raise UsageError("steps: or epochs:, one of them, says how long")
     if config.mixture is not None:
-        if tokenizer.get_vocab() != words.vocabulary():
+        if not words.vocabulary().items() <= tokenizer.get_vocab().items():
             raise UsageError("mixture: is in the words of the embedded model, and this model's are others")
         if config.steps is None:
             raise UsageError("a mixture has no epochs: give steps")
@@ -54,7 +54,7 @@ def load_data(config: SupervisedConfig, tokenizer: Any, parts: int = 1) -> Data:
     if config.batch < parts:
         raise UsageError(f"batch: {config.batch} rows are fewer than the {parts} parts of processes and accumulation")
     cache = Path(config.output) / "rows"
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         sources = [load_rows(source, tokenizer, config, cache) for source in config.sources]
     try:
         sources, rows = hold_out(sources, config.held_out, config.seed)
@@ -71,10 +71,13 @@ def load_data(config: SupervisedConfig, tokenizer: Any, parts: int = 1) -> Data:
     return Data(batches(steps), steps, held_out)
 
 
-def _mixture(config: SupervisedConfig) -> Mixture:
+def _mixture(config: SupervisedConfig) -> Mixture | Languages:
     options = dict(config.mixture or {})
-    weights = {name: options.pop(f"{name}_weight") for name in ("hit", "miss", "answer") if f"{name}_weight" in options}
+    languages = options.pop("languages", None)
+    weights = {name: options.pop(f"{name}_weight") for name in WEIGHTS if f"{name}_weight" in options}
+    seed = config.seed if languages is None else config.seed + 1  # not what a first stage has seen
     try:
-        return Mixture(config.seed, weights=Weights(**weights), longest=config.longest, **options)
+        made = Mixture(seed, weights=Weights(**weights), longest=config.longest, **options)
+        return made if languages is None else Languages(made, config.seed, **languages)
     except TypeError as error:
         raise UsageError(f"mixture: {error}") from error

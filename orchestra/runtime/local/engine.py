@@ -32,6 +32,7 @@ from orchestra.runtime.local.sources import Source
 from orchestra.runtime.local.steering import Steering
 from orchestra.runtime.local.streams import Variants, fingerprint, variants
 from orchestra.runtime.local.worker import Worker
+from orchestra.runtime.openings import KEY, openings_of
 from orchestra.runtime.sampling import check
 
 _CHUNK = 16  # tokens from the worker's thread at a time, when nobody looks at them one by one
@@ -125,6 +126,7 @@ class LocalEngine(Engine):
                 self._variants = variants(model, place, self._streams)  # compared now: nothing runs on the model yet
                 self._prompts = Prompts(model.tokenizer, model.context, self.hint, model.eos)
                 self.context_length = model.context
+                self.openings = openings_of(getattr(model.module.config, KEY, None))
             models, own = self._variants
             count = own if streams is None else streams
             if count not in models:
