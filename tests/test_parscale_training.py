@@ -169,9 +169,9 @@ def test_fresh_streams_leave_the_model_nearly_as_it_is(monkeypatch: pytest.Monke
     plain_loss = validate(ParScale.recycle(EMBEDDED, 1), held_out).loss
     grown = ParScale.recycle(EMBEDDED, 4, prefix_tokens=16)
     noise = dataclasses.replace(grown.streams, values=torch.randn_like(grown.streams.values) * 0.02)
-    assert validate(grown, held_out).loss < 1.04 * plain_loss
+    assert validate(grown, held_out).loss < 1.10 * plain_loss
     grown.set_streams(noise)  # what it is better than
-    assert validate(grown, held_out).loss > 1.06 * plain_loss
+    assert validate(grown, held_out).loss > 1.12 * plain_loss
 
 
 def test_the_standard_error_is_that_of_a_ratio() -> None:

@@ -116,7 +116,7 @@ def _records(config: ParScaleConfig) -> list[Mapping[str, Any]]:
 
 
 def _countdown(config: ParScaleConfig, tokenizer: Any) -> Data:
-    if tokenizer.get_vocab() != words.vocabulary():
+    if not words.vocabulary().items() <= tokenizer.get_vocab().items():
         raise UsageError("data: countdown is in the words of the embedded model, and this backbone's are others")
     if unknown := sorted(set(config.levels) - set(LEVELS)):
         raise UsageError(f"unknown Countdown level {unknown[0]!r}: choose from {', '.join(LEVELS)}")
