@@ -26,14 +26,14 @@ RUNS = Path("runs") / "modes"
 
 LINES = [
     ("small", "sample", 1.0),
-    ("small", "spawn_join", 1.0),
-    ("small", "spawn_join(children=8)", 0.25),
-    ("hard", "sample", 0.5),
-    ("hard", "spawn_join", 0.5),
-    ("hard", "sample(temperature=0.6)", 0.2),
-    ("hard", "self_consistency(samples=8)", 0.2),
-    ("hard", "best_of(samples=8)", 0.2),
-    ("hard", "first_finish(samples=8)", 0.2),
+    ("small", "spawn_join", 0.3),
+    ("small", "spawn_join(children=8)", 0.1),
+    ("hard", "sample", 0.25),
+    ("hard", "spawn_join", 0.25),
+    ("hard", "sample(temperature=0.6)", 0.1),
+    ("hard", "self_consistency(samples=8)", 0.1),
+    ("hard", "best_of(samples=8)", 0.1),
+    ("hard", "first_finish(samples=8)", 0.1),
 ]
 
 

@@ -17,8 +17,11 @@ from orchestra.graph import Edge, Span, ThreadGraph
 from orchestra.runtime.connect import open_engine
 from orchestra.runtime.engine import Delta, Request, Sampling
 from orchestra.testing import check_agreement, check_engine, check_strategy
+from orchestra.training.tokenizer import IDS
 
 PROMPT = "numbers: 3 7 8 12 target: 55"
+VOCABULARY = len(IDS)
+"""Of the embedded model, which the server runs."""
 SGLANG, ALONE, OPENAI = "sglang://{}", "sglang://{}?n=off", "openai://{}/v1"
 
 
@@ -237,7 +240,7 @@ def test_tempered_log_probabilities_come_beside_the_models_own(sglang_server) ->
         whole = Delta()
         node = graph.add([Edge(root.id, len(root))])
         async for delta in engine.generate(
-            Request(graph, node, Sampling(2.0, max_tokens=30, top_logprobs=124, tempered=True))
+            Request(graph, node, Sampling(2.0, max_tokens=30, top_logprobs=VOCABULARY, tempered=True))
         ):
             whole.merge(delta)
         await engine.close()
@@ -248,7 +251,7 @@ def test_tempered_log_probabilities_come_beside_the_models_own(sglang_server) ->
     said = asyncio.run(main())
     assert len(said.tempered) == len(said.logprobs) == len(said.top) == said.count
     for raw, tempered, top in zip(said.logprobs, said.tempered, said.top, strict=True):
-        normaliser = math.log(sum(math.exp(value / 2) for value in top.values()))  # all 124 tokens are in it
+        normaliser = math.log(sum(math.exp(value / 2) for value in top.values()))  # all tokens are in it
         assert tempered == pytest.approx(raw / 2 - normaliser, abs=1e-3)
 
 
@@ -293,7 +296,7 @@ def test_bad_input_is_one_clear_error(sglang_server) -> None:
 
 
 @pytest.mark.parametrize("form", [SGLANG, OPENAI])
-@pytest.mark.parametrize("token", [124, 10**6, -1])
+@pytest.mark.parametrize("token", [VOCABULARY, 10**6, -1])
 def test_a_token_outside_the_vocabulary_does_not_reach_the_server(sglang_server, form: str, token: int) -> None:
     """It would end the server."""
 
@@ -302,13 +305,13 @@ def test_a_token_outside_the_vocabulary_does_not_reach_the_server(sglang_server,
         await engine.open()
         graph = ThreadGraph()
         root = graph.add(spans=[Span("prompt", [1, 16, token], 3, "?")])
-        with pytest.raises(PromptError, match=rf"token id {token} .* 0\.\.123"):
+        with pytest.raises(PromptError, match=rf"token id {token} .* 0\.\.{VOCABULARY - 1}"):
             async for _ in engine.generate(Request(graph, graph.add([Edge(0, 3)]), Sampling(max_tokens=3))):
                 pass
         with pytest.raises(PromptError, match="vocabulary"):
             await engine.score(graph, root)
         good = ThreadGraph()
-        good.add(spans=[Span("prompt", [1, 16, 123], 3, "?")])  # the last of the vocabulary
+        good.add(spans=[Span("prompt", [1, 16, VOCABULARY - 1], 3, "?")])  # the last of the vocabulary
         async for delta in engine.generate(Request(good, good.add([Edge(0, 3)]), Sampling(max_tokens=3))):
             assert delta.finish_reason in (None, "stop", "length")
         await engine.close()

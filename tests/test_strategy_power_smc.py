@@ -250,12 +250,13 @@ def test_on_a_real_server_it_has_the_same_target_and_evidence(sglang_server: Any
 
     from orchestra.runtime.connect import EMBEDDED
 
-    alpha, prompt = 0.15, "numbers: 3 7 8 12 target: 55"
+    # No ramp: over two tokens of a model this sure of itself its own noise would be larger than what is to be seen.
+    alpha, prompt = 0.4, "numbers: 3 7 8"
 
     async def main() -> tuple[list[int], Outcome]:
         async with orchestra.connect(f"sglang://127.0.0.1:{sglang_server.port}") as connection:
             ids = (await connection.engine.encode_prompt(prompt)).tokens
-            spec = f"power_smc(alpha={alpha}, particles=300, block=1, ramp=2, ess=0.9)"
+            spec = f"power_smc(alpha={alpha}, particles=300, block=1, ramp=0, ess=0.9)"
             return ids, await connection.run(spec, prompt, max_tokens=2, ignore_eos=True)
 
     ids, outcome = asyncio.run(main())
