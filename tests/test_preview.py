@@ -74,6 +74,7 @@ def test_pictures_are_written(orchestra: Main, rows: Path, tmp_path: Path) -> No
         (["nothing-here"], "nothing-here"),
         (["ROWS", "--row", "7"], "there is no row 7"),
         (["ROWS", "--entries", "a:b"], "--entries is of the form A:B"),
+        (["ROWS", "--entries", "50:60"], "the row has entries 0 to 10"),
         (["ROWS", "--out", "x.gif"], "--out is a .html or .png file"),
         (["ROWS", "--model", "no-such-folder/x"], "no-such-folder"),
     ],

@@ -37,9 +37,7 @@ def preview(
         ),
     ] = "",
     language: Annotated[str, typer.Option("--language", help="Of texts that do not say.")] = "plain",
-    layout: Annotated[
-        Layout, typer.Option("--layout", help="Of texts; see configs/threadweaver-sft.yaml.")
-    ] = Layout.graph,
+    layout: Annotated[Layout, typer.Option("--layout", help="Of texts; see docs/sft.md.")] = Layout.graph,
     entries: Annotated[str, typer.Option("--entries", metavar="A:B", help="Which entries the terminal shows.")] = "",
     out: Annotated[
         Path | None, typer.Option("--out", help="Write a picture: FILE.html or FILE.png.", show_default=False)
@@ -60,6 +58,8 @@ def preview(
         console = Console()
         fitting = max(10, console.width - 50)
         end = min(len(chosen), last if last is not None else first + fitting)
+        if not 0 <= first < end:
+            raise UsageError(f"--entries {entries}: the row has entries 0 to {len(chosen) - 1}")
         console.print(pictures.terminal(chosen, words, first, end))
         rest = (
             f"; {end - first} are shown (--entries A:B, or --out FILE.html for all)"

@@ -12,6 +12,7 @@ import yaml
 if TYPE_CHECKING:
     from orchestra.training.config import ParScaleConfig
     from orchestra.training.dictation_sft import DictationConfig
+    from orchestra.training.grpo_config import GRPORun
     from orchestra.training.sft_config import SupervisedConfig
 
 
@@ -43,7 +44,7 @@ def processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def start(config: SupervisedConfig | ParScaleConfig | DictationConfig) -> Path:
+def start(config: SupervisedConfig | ParScaleConfig | DictationConfig | GRPORun) -> Path:
     """The output folder, with the configuration in it."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,8 @@ def start(config: SupervisedConfig | ParScaleConfig | DictationConfig) -> Path:
     return output
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
     """Tuples as lists, which YAML can say."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

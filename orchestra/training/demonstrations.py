@@ -97,13 +97,13 @@ def serial(instance: Instance, rng: random.Random) -> Demonstration:
     """One sequence that tries first step after first step until a hit."""
     text, steps = ["\n"], None
     for move in first_moves(instance, rng):
-        text.append(f" step: {_opening(move)}\n")
+        text.append(f" step: {outline(move)}\n")
         lines, rest = search(move.left, instance.target)
         text.append(lines)
         if rest is not None:
             steps = (move.step, *rest)
             break
-    return _demonstration("serial", _given(instance, rng), "".join(text), steps)
+    return _demonstration("serial", shown_as(instance, rng), "".join(text), steps)
 
 
 def three(numbers: Sequence[int], target: int) -> Demonstration:
@@ -116,7 +116,7 @@ def child(move: Move, target: int) -> Demonstration:
     """A child: the search of the three numbers left after its first step."""
     text, rest = search(move.left, target)
     steps = None if rest is None else (move.step, *rest)
-    return _demonstration("child", f" step: {_opening(move)} target: {target}", "\n" + text, steps)
+    return _demonstration("child", f" step: {outline(move)} target: {target}", "\n" + text, steps)
 
 
 def spawn_join(
@@ -132,12 +132,12 @@ def spawn_join(
     """
     order = first_moves(instance, rng, children)
     size = children or max(1, len(order))
-    segments = [Segment(_given(instance, rng) + apr.header(children), learn=False)]
+    segments = [Segment(shown_as(instance, rng) + apr.header(children), learn=False)]
     offspring: list[Demonstration] = []
     steps: tuple[Step, ...] | None = None
     for start in range(0, len(order), size):
         group = order[start : start + size]
-        turn = "".join(f" {apr.SPAWN} {_opening(move)}\n" for move in group)
+        turn = "".join(f" {apr.SPAWN} {outline(move)}\n" for move in group)
         segments.append(Segment(f"{turn} {apr.JOIN}", learn=True))
         results: list[str | None] = []
         for move in group:
@@ -163,14 +163,16 @@ def balanced_children(instance: Instance, rng: random.Random) -> list[Demonstrat
     return chosen
 
 
-def _given(instance: Instance, rng: random.Random) -> str:
+def shown_as(instance: Instance, rng: random.Random) -> str:
+    """The prompt of an instance, now and then with its numbers in another order."""
     numbers = list(instance.numbers)
     if rng.random() < SHUFFLED:
         rng.shuffle(numbers)
     return prompt(numbers, instance.target)
 
 
-def _opening(move: Move) -> str:
+def outline(move: Move) -> str:
+    """A first step and the numbers that it leaves."""
     return f"{move.step} left: {' '.join(map(str, move.left))}"
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from orchestra.errors import UsageError
 from orchestra.runtime.engine import Engine
-from orchestra.training.arguments import processes
+from orchestra.training.arguments import processes, start
 from orchestra.training.grpo import GraphGRPOTrainer
 from orchestra.training.grpo_config import GRPORun
 from orchestra.training.grpo_data import prompts
+from orchestra.training.journal import Journal
 from orchestra.training.rewards import part
 from orchestra.training.rollouts import Arm, Player
 
@@ -72,11 +70,11 @@ def train_grpo(run: GRPORun, *, resume: bool = False, engine: Engine | None = No
             model=run.model,
             args=arguments(run),
             processing_class=AutoTokenizer.from_pretrained(run.model),
-            callbacks=[StepLog(output)],
+            callbacks=[Journal(output)],
             peft_config=_adapter(run),
         )
         if trainer.is_world_process_zero():
-            (output / "config.yaml").write_text(yaml.safe_dump(_plain(asdict(run)), sort_keys=False), encoding="utf-8")
+            start(run)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return _save(trainer, output / "final")
     finally:
@@ -166,35 +164,3 @@ def _save(trainer: GraphGRPOTrainer, final: Path) -> Path:
         beside.replace(final)
     trainer.accelerator.wait_for_everyone()
     return final
-
-
-class StepLog(TrainerCallback):  # type: ignore[misc]  # transformers is untyped to mypy
-    """Keeps what is logged in `log.jsonl`, a line a step."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "log.jsonl"
-        self._began = time.monotonic()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Keep a line."""
-        if state.is_world_process_zero:
-            shown = {
-                name: round(value, 6) if isinstance(value, float) else value for name, value in (logs or {}).items()
-            }
-            times = {"seconds": round(time.monotonic() - self._began, 1), "cpu_seconds": round(time.process_time(), 1)}
-            line = {"step": state.global_step, **times, **shown}
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

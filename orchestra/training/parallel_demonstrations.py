@@ -19,7 +19,7 @@ from orchestra.evaluation.countdown import OPERATORS, Instance, Move, Step, appl
 from orchestra.protocols import apr
 from orchestra.protocols.async_think import MOST_WORKERS
 from orchestra.training import demonstrations
-from orchestra.training.demonstrations import PRUNED, _given, _opening, search, steps_text
+from orchestra.training.demonstrations import PRUNED, outline, search, shown_as, steps_text
 from orchestra.training.tokenizer import WORKERS
 
 OPENINGS = {
@@ -86,21 +86,21 @@ def spawn_join(instance: Instance, rng: random.Random, children: int | None = No
 def threads(instance: Instance, rng: random.Random) -> Told:
     """ThreadWeaver: an outline for each first step, a thread for each, and the first result that is a solution."""
     tried = _tries(instance, rng)
-    outlines = "".join(f"\n<Outline> {i}: {_opening(one.move)}</Outline>" for i, one in enumerate(tried, 1))
+    outlines = "".join(f"\n<Outline> {i}: {outline(one.move)}</Outline>" for i, one in enumerate(tried, 1))
     bodies = "".join(f"<Thread>\n{i}:{_body(i, one)}</Thread>" for i, one in enumerate(tried, 1))
     opening = OPENINGS["thread_weaver"]
     text = f"{opening}{outlines}\n</Outlines>\n{bodies}\n</Parallel>\n{_chosen(tried)}"
-    return Told("threads", "thread_weaver", _given(instance, rng), text, _solved(tried), opening)
+    return Told("threads", "thread_weaver", shown_as(instance, rng), text, _solved(tried), opening)
 
 
 def map_reduce(instance: Instance, rng: random.Random) -> Told:
     """Multiverse: a path for each first step; the conclusion repeats the first result that is a solution."""
     tried = _tries(instance, rng)
-    outlines = "".join(f"<Outline> {i}: {_opening(one.move)}</Outline>" for i, one in enumerate(tried, 1))
+    outlines = "".join(f"<Outline> {i}: {outline(one.move)}</Outline>" for i, one in enumerate(tried, 1))
     bodies = "".join(f"<Path>\n{i}:{_body(i, one)}</Path>" for i, one in enumerate(tried, 1))
     opening = OPENINGS["multiverse"]
     text = f"{opening}{outlines}</Goal>{bodies}<Conclusion>\n{_chosen(tried)}\n</Conclusion></Parallel>"
-    return Told("map_reduce", "multiverse", _given(instance, rng), text, _solved(tried), opening)
+    return Told("map_reduce", "multiverse", shown_as(instance, rng), text, _solved(tried), opening)
 
 
 def async_think(instance: Instance, rng: random.Random) -> Told:
@@ -111,13 +111,13 @@ def async_think(instance: Instance, rng: random.Random) -> Told:
     assert PRUNED[1] <= WORKERS + 1 <= MOST_WORKERS + 1
     tried = _tries(instance, rng)
     *forked, own = tried
-    given = _given(instance, rng)
+    given = shown_as(instance, rng)
     text = ""
     workers = []
     for i, one in enumerate(forked, 1):
-        text += f"\n<FORK-{i}> step: {_opening(one.move)} target: {instance.target}</FORK-{i}>"
+        text += f"\n<FORK-{i}> step: {outline(one.move)} target: {instance.target}</FORK-{i}>"
         workers.append(f"\n{one.lines}<RETURN> {_answer(one.steps)}</RETURN>")
-    text += f"\n step: {_opening(own.move)}\n{own.lines}"
+    text += f"\n step: {outline(own.move)}\n{own.lines}"
     steps = own.steps
     for i, one in enumerate(forked, 1):
         if steps is not None:
@@ -158,13 +158,13 @@ def refine(instance: Instance, rng: random.Random) -> Told:
                 found = one.steps
                 break
     text += f" {apr.ANSWER} {_answer(found)}"
-    prompt = f"{_given(instance, rng)}\n\n{DRAFTS.replace('{answers}', shown)}"
+    prompt = f"{shown_as(instance, rng)}\n\n{DRAFTS.replace('{answers}', shown)}"
     return Told("refine", "plain", prompt, text, found is not None)
 
 
 def apr_step(move: Move) -> str:
     """The line with which serial search begins a first step."""
-    return f"step: {_opening(move)}"
+    return f"step: {outline(move)}"
 
 
 def check(instance: Instance, draft: Sequence[Step] | None) -> tuple[str, tuple[Step, ...] | None]:
@@ -177,7 +177,7 @@ def check(instance: Instance, draft: Sequence[Step] | None) -> tuple[str, tuple[
     first = _again(draft[0], moves(instance.numbers))
     if first is None:
         return " x miss\n", None
-    text = f" {_opening(first)}\n"
+    text = f" {outline(first)}\n"
     second = _again(draft[1], moves(first.left))
     if second is None:
         return f"{text} x miss\n", None
@@ -244,7 +244,7 @@ def _tries(instance: Instance, rng: random.Random, without: Sequence[Step] | set
 
 def _body(label: int, one: _Try) -> str:
     result = apr.NONE if one.steps is None else f"{apr.ANSWER} {steps_text(one.steps)}"
-    return f" {_opening(one.move)}\n{one.lines} {label}: {result}"
+    return f" {outline(one.move)}\n{one.lines} {label}: {result}"
 
 
 def _chosen(tried: Sequence[_Try]) -> str:

@@ -25,9 +25,10 @@ from orchestra.training.arguments import arguments, start
 from orchestra.training.collate import GraphCollator
 from orchestra.training.config import ParScaleConfig
 from orchestra.training.flatten import Row
+from orchestra.training.journal import Journal
 from orchestra.training.parscale_data import load_data
 from orchestra.training.tokenizer import PAD
-from orchestra.training.trainer import Journal, WeightedSFTTrainer
+from orchestra.training.trainer import WeightedSFTTrainer
 
 
 class Validation(NamedTuple):

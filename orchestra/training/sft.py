@@ -29,11 +29,12 @@ from orchestra.training import lora, text_tokenizer
 from orchestra.training import tokenizer as words
 from orchestra.training.arguments import arguments, processes, start
 from orchestra.training.collate import GraphCollator
+from orchestra.training.journal import Journal
 from orchestra.training.mixture import HIT, MISS
 from orchestra.training.multilingual import grow, tell_openings
 from orchestra.training.sft_config import SupervisedConfig, load_config
 from orchestra.training.sft_data import Data, load_data
-from orchestra.training.trainer import Journal, WeightedSFTTrainer
+from orchestra.training.trainer import WeightedSFTTrainer
 from orchestra.training.vocabulary import add_tags, default_tags, tags_of
 
 __all__ = [

@@ -7,19 +7,16 @@ shared out, the gradient is the same.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from orchestra.training.collate import GraphCollator
@@ -149,32 +146,3 @@ class WeightedSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped to
 def weight(rows: Sequence[Row]) -> float:
     """The loss weight of all that is learned in some rows."""
     return sum(map(sum, (row.weights for row in rows)))
-
-
-class Journal(TrainerCallback):  # type: ignore[misc]
-    """Writes log lines to ``log.jsonl`` of a run's folder; `tokens` are those of the first process."""
-
-    def __init__(self, output: str | Path) -> None:
-        self.file = Path(output) / "log.jsonl"
-        self.started = time.monotonic()
-        self.trainer: WeightedSFTTrainer | None = None
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
-        seconds = round(time.monotonic() - self.started, 1)
-        tokens = self.trainer.tokens_seen if self.trainer else 0
-        shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds, "tokens": tokens, **shown}) + "\n")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Keep a log line."""
-        if state.is_world_process_zero:
-            self.write(state.global_step, logs or {})
