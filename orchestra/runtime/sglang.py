@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from orchestra.errors import CapabilityError, EngineError, OrchestraError, PromptError
@@ -28,6 +26,7 @@ from orchestra.runtime.http import Fault, Refused, Server, decode, events, settl
 from orchestra.runtime.local.detokenize import cut
 from orchestra.runtime.remote import Call, RemoteEngine, Sample
 from orchestra.runtime.sglang_about import About, about
+from orchestra.runtime.sglang_weights import ServerWeights
 from orchestra.runtime.sglang_wire import Reading, alternatives, number, settings
 from orchestra.runtime.tokens import Contexts, LocalTokens, ServerTokens, Tokens, last_ids, listed
 
@@ -84,7 +83,7 @@ class SGLangEngine(RemoteEngine):
         self._facts: dict[str, Any] = {"engine": "sglang"}
         self._contexts = Contexts(name, server)
         self._ends = Ends(partial(self._decode, skip_special=False))
-        self._weights = ""  # the version that the server was given
+        self._weights = ServerWeights(server)
         self._tempered: bool | None = None  # whether reported log-probabilities are at the sampling temperature
 
     # -- meeting the server ------------------------------------------------------------------------------------------
@@ -172,34 +171,15 @@ class SGLangEngine(RemoteEngine):
         return span
 
     async def update_weights(self, weights: Mapping[str, Any]) -> None:
-        """See `Engine.update_weights`: through a folder for temporary files, which the server must see, too.
-
-        Their digest becomes the server's weight version. Where it has that already (of several processes that share a
-        server, one is first), nothing is sent.
-        """
+        """See `Engine.update_weights`: through a folder for temporary files, which the server must see, too."""
         await self.open()
         if self._worker is not None:
             raise CapabilityError(f"{self.name} is a router; its servers cannot be given new weights together")
-        require("torch", "safetensors", what="giving a server new weights", extra="local")
-        from orchestra.runtime.weight_files import digest, write
-
-        version = await asyncio.to_thread(digest, weights)
-        if version != await self.server.insist(self._version):
-            with tempfile.TemporaryDirectory(prefix="orchestra-weights-") as folder:
-                await asyncio.to_thread(write, weights, Path(folder))
-                body = {"model_path": folder, "weight_version": version, "flush_cache": True}
-                try:
-                    await self.server.insist(partial(self.server.ask, "POST", "/update_weights_from_disk", body))
-                except Refused as refusal:
-                    raise EngineError(f"{self.name} refuses the weights: {refusal}") from refusal
-        self._weights = version
+        await self._weights.give(weights, self.name)
 
     async def weights_kept(self) -> bool:
         """See `Engine.weights_kept`."""
-        return not self._weights or await self.server.insist(self._version) == self._weights
-
-    async def _version(self) -> str:
-        return str((await self.server.ask("GET", "/model_info")).get("weight_version"))
+        return await self._weights.kept()
 
     async def release(self, graph: ThreadGraph) -> None:
         """See `Engine.release`."""
